@@ -1,0 +1,6 @@
+"""Attention: one description of masks, one function, an implementation a file."""
+
+from lm_jax.kernels.flash_attention.mask import AttentionMask
+from lm_jax.kernels.flash_attention.reference import attention
+
+__all__ = ["AttentionMask", "attention"]

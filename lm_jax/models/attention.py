@@ -1,0 +1,154 @@
+"""Multi-head attention with grouped queries.
+
+Shapes: B batch, T length, S key length, D embed, N query heads, K key-value heads, H head dim.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm_jax.errors import ConfigError
+from lm_jax.kernels import flash_attention as kernel
+from lm_jax.models.linear import linear
+from lm_jax.models.norms import NormConfig, norm, norm_specs
+from lm_jax.models.positions import POSITIONS, PositionConfig
+from lm_jax.params import Initializer, ParamSpec, scaled_normal
+from lm_jax.sharding import constrain
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(NormConfig, PositionConfig):
+    """How a layer attends.
+
+    Attributes:
+      embed: width of the residual stream.
+      heads: query heads.
+      kv_heads: key and value heads, each shared by `heads / kv_heads` query heads; None: one each.
+      head_dim: width of a head; None: `embed / heads`.
+      qk_norm: whether queries and keys are normalised a head (Henry et al. 2020, arXiv:2010.04245).
+    """
+
+    embed: int = 256
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        NormConfig.__post_init__(self)
+        PositionConfig.__post_init__(self)
+        for name in ("embed", "heads", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}", f"{value} is too small", "use 1 or more")
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.heads % self.key_heads:
+            problem = f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly"
+            raise ConfigError("model.kv_heads", problem, f"use a divisor of {self.heads}")
+        if self.head_dim is None:
+            if self.embed % self.heads:
+                problem = f"{self.heads} heads do not divide an embedding of {self.embed}"
+                raise ConfigError("model.heads", problem, "change one of them, or give model.head_dim")
+            object.__setattr__(self, "head_dim", self.embed // self.heads)
+        if self.position == "rope" and self.head_size % 2:
+            raise ConfigError("model.head_dim", f"{self.head_dim} is odd", "rotary positions turn pairs: use an even number")
+
+    @property
+    def key_heads(self) -> int:
+        assert self.kv_heads is not None  # __post_init__ has filled it
+        return self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        assert self.head_dim is not None  # __post_init__ has filled it
+        return self.head_dim
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values `[B, S, K, H]` of a layer that decoding has seen; `length` (`[B]` int32) says how many are filled."""
+
+    keys: Array
+    values: Array
+    length: Array
+
+
+def attention_specs(c: AttentionConfig, out: Initializer) -> dict[str, Any]:
+    """`query`, `key`, `value`, `out` (which starts as `out` says), and the gains of the two norms a head."""
+    into = scaled_normal(c.embed)
+    kv = ParamSpec((c.embed, c.key_heads, c.head_size), ("embed", "kv_heads", "head_dim"), into)
+    specs: dict[str, Any] = {
+        "query": ParamSpec((c.embed, c.heads, c.head_size), ("embed", "heads", "head_dim"), into),
+        "key": kv,
+        "value": kv,
+        "out": ParamSpec((c.heads, c.head_size, c.embed), ("heads", "head_dim", "embed"), out, fan_in=(0, 1)),
+    }
+    if c.qk_norm:
+        specs |= {"query_norm": norm_specs(c, c.head_size), "key_norm": norm_specs(c, c.head_size)}
+    return specs
+
+
+def attention(
+    params: Params,
+    x_BTD: Array,
+    *,
+    c: AttentionConfig,
+    rotation: Any,
+    segment_ids_BT: Array | None,
+    cache: KeyValueCache | None = None,
+) -> tuple[Array, KeyValueCache | None]:
+    """Causal attention within segments.
+
+    Args:
+      params: of `attention_specs`, in the dtype of compute.
+      x_BTD: the normalised residual stream.
+      c: the config.
+      rotation: what the position encoding has prepared for these positions.
+      segment_ids_BT: `[B, T]`; equal ids see each other, negative ones see nothing. None: each row is one segment.
+      cache: what decoding has seen; the rows of `x` then stand behind it.
+
+    Returns:
+      `[B, T, D]`, and the cache with these keys and values added (None if none was given).
+    """
+    rotate = POSITIONS[c.position].rotate
+    q = linear(x_BTD, params["query"], ("features",), ("heads", "head_dim"))
+    k = linear(x_BTD, params["key"], ("features",), ("kv_heads", "head_dim"))
+    v = linear(x_BTD, params["value"], ("features",), ("kv_heads", "head_dim"))
+    if c.qk_norm:
+        q, k = norm(params.get("query_norm", {}), q, c=c), norm(params.get("key_norm", {}), k, c=c)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    k, v = (constrain(a, "batch", "key_length", "kv_heads", "head_dim") for a in (k, v))
+    if cache is None:
+        keys_BS = None if segment_ids_BT is None else constrain(segment_ids_BT, "batch", "key_length")
+        mask = kernel.AttentionMask(q_segment_ids=segment_ids_BT, kv_segment_ids=keys_BS)
+    else:
+        mask, cache = _extend(cache, k, v)
+        k, v = cache.keys, cache.values
+    y = checkpoint_name(kernel.attention(q, k, v, mask=mask), "attention")
+    return linear(y, params["out"], ("heads", "head_dim"), ("features",)), cache
+
+
+def _extend(cache: KeyValueCache, k_BTKH: Array, v_BTKH: Array) -> tuple[kernel.AttentionMask, KeyValueCache]:
+    """The cache with further keys and values behind what each row holds, and the mask that these queries need."""
+
+    def put(old_SKH: Array, new_TKH: Array, at: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old_SKH, new_TKH.astype(old_SKH.dtype), at, 0)
+
+    keys = jax.vmap(put)(cache.keys, k_BTKH, cache.length)
+    values = jax.vmap(put)(cache.values, v_BTKH, cache.length)
+    length = cache.length + k_BTKH.shape[1]
+    mask = kernel.AttentionMask(q_offset=cache.length, kv_length=length)
+    return mask, KeyValueCache(keys, values, length)
+
+
+def empty_cache(c: AttentionConfig, batch: int, length: int, dtype: Any) -> KeyValueCache:
+    """A layer's cache for so many rows and positions."""
+    zeros = jnp.zeros((batch, length, c.key_heads, c.head_size), dtype)
+    zeros = constrain(zeros, "batch", "key_length", "kv_heads", "head_dim")
+    return KeyValueCache(zeros, zeros, constrain(jnp.zeros((batch,), jnp.int32), "batch"))

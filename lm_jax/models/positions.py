@@ -1,0 +1,77 @@
+"""Position encodings, by name.
+
+A position encoding is a `PositionEncoding`: what it prepares once for a forward pass from the positions, and how it turns a
+layer's queries and keys with that.
+
+Shapes: B batch, T length, N heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.errors import ConfigError
+from lm_jax.sharding import constrain
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionConfig:
+    """Attributes: the encoding's name, and the base of the rotary wavelengths (longest: `2 pi * base` tokens)."""
+
+    position: str = "rope"
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise ConfigError("model.position", f"unknown encoding {self.position!r}", f"use one of {', '.join(POSITIONS)}")
+        if not self.rope_base > 1:
+            raise ConfigError("model.rope_base", f"{self.rope_base} is out of range", "use a number above 1, such as 10000")
+
+
+class PositionEncoding(NamedTuple):
+    """Hooks of an encoding: `prepare(positions_BT, head_dim, c) -> state`; `rotate(x_BTNH, state) -> x_BTNH`."""
+
+    prepare: Callable[[Array, int, PositionConfig], Any]
+    rotate: Callable[[Array, Any], Array]
+
+
+def _rope_prepare(positions_BT: Array, head_dim: int, c: PositionConfig) -> tuple[Array, Array]:
+    """Cosines and sines `[B, T, 1, H / 2]`, float32: once a forward pass, for all layers."""
+    half = head_dim // 2
+    frequency = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = constrain(positions_BT, "batch", "length").astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _rope_rotate(x_BTNH: Array, state: tuple[Array, Array]) -> Array:
+    """RoPE (Su et al. 2021, arXiv:2104.09864), first half against second half as in Llama's published weights."""
+    return _turn(x_BTNH, *state)
+
+
+def _rope_forward(x_BTNH: Array, state: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    return _turn(x_BTNH, *state), state
+
+
+def _rope_backward(state: tuple[Array, Array], g_BTNH: Array) -> tuple[Array, None]:
+    cos, sin = state
+    return _turn(g_BTNH, cos, -sin), None  # the gradient turns back
+
+
+_rope_rotate.defvjp(_rope_forward, _rope_backward)
+
+POSITIONS: dict[str, PositionEncoding] = {
+    "rope": PositionEncoding(_rope_prepare, _rope_rotate),
+    "none": PositionEncoding(lambda positions_BT, head_dim, c: None, lambda x_BTNH, state: x_BTNH),
+}

@@ -1,0 +1,68 @@
+"""Next-token prediction.
+
+An objective is two functions. `weights(batch)`: the denominators of its terms, from the batch alone. `terms(...)`: the sums of
+its terms on a micro-batch. The step divides by the weights of the whole global batch, so accumulation over micro-batches and
+uneven masks are exact on any layout.
+
+Shapes: B batch, T length.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.kernels.cross_entropy import cross_entropy
+from lm_jax.models.transformer import TransformerConfig, hidden, output_weight
+
+Array = jax.Array
+Batch = dict[str, Array]
+Terms = dict[str, Array]
+
+
+class Objective(NamedTuple):
+    """What the step minimises: the sum over terms of `terms / weights`, each a dict of float32 scalars by the term's name.
+
+    `terms(params, frozen, extra, batch, key)` gives the sums and the new `extra`.
+    """
+
+    weights: Callable[[Batch], Terms]
+    terms: Callable[[Any, Any, Any, Batch, Array], tuple[Terms, Any]]
+
+
+def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none") -> Objective:
+    """Mean cross-entropy a counted target, and the z-loss where its weight is above 0.
+
+    A batch has `tokens`, `targets`, `segment_ids`, `positions` (`[B, T]` int32) and `loss_mask` (`[B, T]` bool).
+    """
+    names = ("cross_entropy", "z_loss") if z_loss else ("cross_entropy",)
+
+    def weights(batch: Batch) -> Terms:
+        counted = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+        return {name: counted for name in names}
+
+    def terms(params: Any, frozen: Any, extra: Any, batch: Batch, key: Array) -> tuple[Terms, Any]:
+        del frozen, key
+        x_BTD, _ = hidden(
+            params,
+            batch["tokens"],
+            c=c,
+            positions_BT=batch["positions"],
+            segment_ids_BT=batch["segment_ids"],
+            remat=remat,
+        )
+        sums = cross_entropy(
+            x_BTD,
+            output_weight(params, c),
+            batch["targets"],
+            batch["loss_mask"],
+            z_loss=z_loss,
+            soft_cap=c.logit_soft_cap,
+        )
+        if not z_loss:
+            return {"cross_entropy": sums.total}, extra
+        z_term = z_loss * sums.log_z_squared  # its gradient comes with the total's
+        return {"cross_entropy": sums.total - z_term, "z_loss": z_term}, extra
+
+    return Objective(weights, terms)

@@ -1,0 +1,185 @@
+"""One mesh, one table.
+
+The mesh always has the four axes of `AXES`, all of `AxisType.Explicit`, and axes of size 1 stay, so that a layout's errors show
+on a laptop. `TABLE` says which mesh axes a logical name is split over. A weight's names and an activation's are
+different names (`embed` of a weight goes to fsdp; `features` of the residual stream do not). No other file writes a
+`PartitionSpec`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm_jax.errors import ConfigError
+from lm_jax.params import ParamSpec, Tree, map_specs
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+TABLE: dict[str | None, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "key_length": (),  # keys and values are gathered over length before attention
+    "features": (),
+    # weights and activations
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "feed_forward": ("tensor",),
+    "head_dim": (),
+    # weights
+    "embed": ("fsdp",),
+    "norm": (),
+    "layers": (),
+    None: (),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How large each mesh axis is. One of them may be -1: whatever devices the others leave.
+
+    Attributes:
+      data: copies of the model, each on its own rows of the batch.
+      fsdp: parts that weights, gradients and optimizer state are split into; each takes its own rows as well.
+      sequence: parts that a row's length is split into.
+      tensor: parts that heads, feed-forward features and vocabulary are split into.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{axis}", f"{size} is no size of an axis", "use 1 or more, or -1 for the devices left")
+        if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
+            raise ConfigError("mesh", "more than one axis is -1", "give all but one of data, fsdp, sequence, tensor")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Every axis's size on so many devices.
+
+        Raises:
+          ConfigError: where the axes do not take exactly the devices there are.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        fixed = math.prod(s for s in sizes.values() if s != -1)
+        text = " x ".join(f"{a}={s}" for a, s in sizes.items())
+        if -1 in sizes.values():
+            if devices % fixed:
+                raise ConfigError("mesh", f"{text} does not divide {devices} devices", "choose sizes whose product divides them")
+            return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
+        if fixed != devices:
+            verb = "wants more than" if fixed > devices else "leaves some unused of"
+            raise ConfigError("mesh", f"{text} = {fixed} {verb} the {devices} devices here", "make one axis -1 to take what is there")
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config over the devices given (all there are, if none are). Enter it with `jax.set_mesh`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(config.sizes(len(devices)).values())
+    # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled out.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def one_device_mesh() -> Mesh:
+    """A mesh of one device: what a laptop, a test or a tool uses."""
+    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(AXES)), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def partition(
+    *names: str | None, shape: tuple[int, ...] | None = None, mesh: Any = None, drop: tuple[str, ...] = ()
+) -> PartitionSpec:
+    """The PartitionSpec of dimensions with these logical names.
+
+    Args:
+      names: a logical name a dimension.
+      shape: where given (with `mesh`), each dimension is checked against what it is split into.
+      mesh: the mesh to check against.
+      drop: mesh axes to leave out (`("fsdp",)`: gathered over fsdp).
+
+    Raises:
+      ValueError: where two dimensions want the same mesh axis, or an axis does not divide a dimension.
+    """
+    entries: list[Any] = []
+    taken: dict[str, str | None] = {}
+    for d, name in enumerate(names):
+        if name not in TABLE:
+            raise ValueError(f"unknown logical name {name!r}: known are {', '.join(str(n) for n in TABLE if n)}")
+        axes = tuple(a for a in TABLE[name] if a not in drop)
+        for axis in axes:
+            if axis in taken:
+                raise ValueError(f"mesh axis {axis!r} is wanted by both {taken[axis]!r} and {name!r}")
+            taken[axis] = name
+        if shape is not None and mesh is not None:
+            parts = math.prod(mesh.shape[a] for a in axes)
+            if shape[d] % parts:
+                over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
+                raise ValueError(f"{name} = {shape[d]} cannot be split evenly over {over}")
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
+def out_sharding(*names: str | None) -> PartitionSpec | None:
+    """`partition`, or None where no mesh is entered: model functions also run as plain JAX on one device."""
+    return None if jax.sharding.get_abstract_mesh().empty else partition(*names)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out by logical names on the current mesh (as it is where no mesh is entered)."""
+    spec = out_sharding(*names)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def axis_size(axis: str) -> int:
+    """How many parts the current mesh has along an axis; 1 where no mesh is entered."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def abstract(specs: Tree, mesh: Mesh, dtype: Any = np.float32) -> Tree:
+    """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh."""
+
+    def one(s: ParamSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, partition(*s.axes, shape=s.shape, mesh=mesh)))
+
+    return map_specs(one, specs)
+
+
+def on_mesh(mesh: Mesh, tree: Tree) -> Tree:
+    """Abstract leaves (from `jax.eval_shape`) with shardings on this mesh, for init, restore and ahead-of-time use alike.
+
+    Leaves of `jax.eval_shape` sit on an abstract mesh, and scalars have no sharding: those are replicated.
+    """
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(a, "sharding", None)
+        spec = sharding.spec if sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def gather_weights(params: Tree, specs: Tree, dtype: Any) -> Tree:
+    """Weights in the compute dtype, whole over fsdp and split as before over the rest.
+
+    The cast comes first: the gather then moves half the bytes.
+    """
+
+    whole = jax.sharding.get_abstract_mesh().empty
+
+    def one(s: ParamSpec, w: jax.Array) -> jax.Array:
+        w = w.astype(dtype)
+        return w if whole else jax.sharding.reshard(w, partition(*s.axes, drop=("fsdp",)))
+
+    return map_specs(one, specs, params)

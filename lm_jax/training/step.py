@@ -1,0 +1,110 @@
+"""The training step: gradients, accumulation, clipping, guard, update. One jitted, donated function for every objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm_jax.data.loader import batch_hash
+from lm_jax.objectives.next_token import Objective
+from lm_jax.training.optimizers import ema_update
+from lm_jax.training.state import TrainState
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The gradient is that of the sum of the objective's terms, each over its weight in the whole batch; micro-batches change memory
+    and nothing else. A step whose loss or gradient is not finite changes neither parameters nor optimizer state, bit for bit, and is
+    counted in `bad_steps`.
+
+    Args:
+      objective: what is minimised.
+      optimizer: what turns gradients into updates.
+      microbatches: into how many parts the batch is cut; each row block of the mesh must divide into them.
+      clip_norm: largest global norm of the gradient; None: any.
+      ema: decay of the running average of the parameters; None: none is kept.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        weights = objective.weights(batch)
+        key = jax.random.fold_in(state.key, state.step)
+        sums, extra, gradients = _gradients(objective, state, batch, weights, key, microbatches)
+        terms = {name: sums[name] / jnp.maximum(weights[name], 1e-9) for name in sums}
+        loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if clip_norm is not None:
+            scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None if ema is None else ema_update(state.ema, params, ema, state.step)
+        new = state.replace(params=params, opt_state=opt_state, extra=extra, ema=average)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), _changing(new), _changing(state))
+        state = state.replace(**new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
+        metrics = {"loss": loss, "grad_norm": norm, "bad_steps": state.bad_steps, "batch_hash": batch_hash(batch)}
+        counted = {"tokens": next(iter(weights.values()))}
+        return state, metrics | counted | (terms if len(terms) > 1 else {})
+
+    return train_step
+
+
+def _changing(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "opt_state": state.opt_state, "extra": state.extra, "ema": state.ema}
+
+
+def _gradients(
+    objective: Objective, state: TrainState, batch: Any, weights: dict[str, Array], key: Array, microbatches: int
+) -> tuple[dict[str, Array], Any, Any]:
+    """The sums of the terms over the batch, the new `extra`, and the gradient of the loss."""
+
+    def loss(params: Any, extra: Any, rows: Any, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        sums, extra = objective.terms(params, state.frozen, extra, rows, key)
+        total = sum((sums[n] / jnp.maximum(weights[n], 1e-9) for n in sums), start=jnp.zeros((), jnp.float32))
+        return total, (sums, extra)
+
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        gradients, (sums, extra) = gradient(state.params, state.extra, batch, key)
+        return sums, extra, gradients
+
+    def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        sums, extra, gradients = carry
+        i, rows = xs
+        more, (more_sums, extra) = gradient(state.params, extra, rows, jax.random.fold_in(key, i))
+        return (jax.tree.map(jnp.add, sums, more_sums), extra, jax.tree.map(jnp.add, gradients, more)), None
+
+    zero_sums = {name: jnp.zeros((), jnp.float32) for name in weights}
+    start = (zero_sums, state.extra, jax.tree.map(jnp.zeros_like, state.params))
+    parts = jax.tree.map(lambda a: _split_rows(a, microbatches), batch)
+    (sums, extra, gradients), _ = jax.lax.scan(body, start, (jnp.arange(microbatches), parts))
+    return sums, extra, gradients
+
+
+def _split_rows(a: Array, parts: int) -> Array:
+    """`[B, ...]` -> `[parts, B / parts, ...]`, taking every parts-th row: no row leaves its device."""
+    return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
+
+
+def make_eval_step(objective: Objective) -> Callable[[Any, Any], tuple[dict[str, Array], dict[str, Array]]]:
+    """`(state, batch) -> (sums, weights)` of the objective's terms, on the averaged parameters where there are any."""
+
+    def eval_step(state: TrainState, batch: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        params = state.params if state.ema is None else state.ema
+        sums, _ = objective.terms(params, state.frozen, state.extra, batch, state.key)
+        return sums, objective.weights(batch)
+
+    return eval_step
