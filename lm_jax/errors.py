@@ -1,6 +1,6 @@
-"""Mistakes that the user can mend.
+"""Errors that speak to the user.
 
-Whatever derives from `UserError` is shown as its message alone (no traceback) by every launcher, with exit status 2.
+Launchers show these as their message alone, without a traceback: a `UserError` with exit status 2, a `Failure` with exit status 1.
 Anything else is a fault of this project and keeps its traceback.
 """
 
@@ -16,3 +16,7 @@ class ConfigError(UserError):
         """Args: the dotted key (`optimizer.learning_rate`), what is wrong with which value, what would be right."""
         self.key = key
         super().__init__(f"{key}: {problem}" + (f"\n{remedy}" if remedy else ""))
+
+
+class Failure(Exception):
+    """What was asked for is possible, and could not be done: a full disk, a loss that is not finite. The message says why."""

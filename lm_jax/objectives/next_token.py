@@ -1,34 +1,19 @@
 """Next-token prediction.
 
-An objective is two functions. `weights(batch)`: the denominators of its terms, from the batch alone. `terms(...)`: the sums of
-its terms on a micro-batch. The step divides by the weights of the whole global batch, so accumulation over micro-batches and
-uneven masks are exact on any layout.
-
 Shapes: B batch, T length.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels.cross_entropy import cross_entropy
 from lm_jax.models.transformer import TransformerConfig, hidden, output_weight
+from lm_jax.objectives.objective import Objective, Terms
 
 Array = jax.Array
 Batch = dict[str, Array]
-Terms = dict[str, Array]
-
-
-class Objective(NamedTuple):
-    """What the step minimises: the sum over terms of `terms / weights`, each a dict of float32 scalars by the term's name.
-
-    `terms(params, frozen, extra, batch, key)` gives the sums and the new `extra`.
-    """
-
-    weights: Callable[[Batch], Terms]
-    terms: Callable[[Any, Any, Any, Batch, Array], tuple[Terms, Any]]
 
 
 def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none") -> Objective:

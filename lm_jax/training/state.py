@@ -24,6 +24,7 @@ class TrainState:
       opt_state: the optimizer's.
       ema: the running average of `params`, or None where none is kept.
       step: int32 scalar, steps done.
+      applied: int32 scalar, how many of them changed the parameters; what the schedule counts.
       bad_steps: int32 scalar, how many of the last steps in a row were refused because loss or gradient was not finite.
       key: the key that a step folds its number into.
     """
@@ -34,6 +35,7 @@ class TrainState:
     opt_state: Any
     ema: Tree | None
     step: Array
+    applied: Array
     bad_steps: Array
     key: Array
 
@@ -67,4 +69,4 @@ def init_state(
 def _state(params: Tree, optimizer: optax.GradientTransformation, key: Array, ema: bool) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(params, {}, {}, optimizer.init(params), average, zero, zero, key)
+    return TrainState(params, {}, {}, optimizer.init(params), average, zero, zero, zero, key)

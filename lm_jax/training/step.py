@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lm_jax.data.loader import batch_hash
-from lm_jax.objectives.next_token import Objective
+from lm_jax.objectives.objective import Objective
 from lm_jax.training.optimizers import ema_update
 from lm_jax.training.state import TrainState
 
@@ -19,6 +19,7 @@ Metrics = dict[str, Array]
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     *,
     microbatches: int = 1,
     clip_norm: float | None = None,
@@ -33,6 +34,7 @@ def make_train_step(
     Args:
       objective: what is minimised.
       optimizer: what turns gradients into updates.
+      schedule: the learning rate by the number of updates so far, as the optimizer has it, to be told.
       microbatches: into how many parts the batch is cut; each row block of the mesh must divide into them.
       clip_norm: largest global norm of the gradient; None: any.
       ema: decay of the running average of the parameters; None: none is kept.
@@ -54,10 +56,20 @@ def make_train_step(
         average = None if ema is None else ema_update(state.ema, params, ema, state.step)
         new = state.replace(params=params, opt_state=opt_state, extra=extra, ema=average)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), _changing(new), _changing(state))
-        state = state.replace(**new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
-        metrics = {"loss": loss, "grad_norm": norm, "bad_steps": state.bad_steps, "batch_hash": batch_hash(batch)}
-        counted = {"tokens": next(iter(weights.values()))}
-        return state, metrics | counted | (terms if len(terms) > 1 else {})
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.applied), jnp.float32),
+            "targets": next(iter(weights.values())),
+            "batch_hash": batch_hash(batch),
+        }
+        state = state.replace(
+            **new,
+            step=state.step + 1,
+            applied=state.applied + finite,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        return state, metrics | {"bad_steps": state.bad_steps} | (terms if len(terms) > 1 else {})
 
     return train_step
 
@@ -97,14 +109,3 @@ def _gradients(
 def _split_rows(a: Array, parts: int) -> Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`, taking every parts-th row: no row leaves its device."""
     return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
-
-
-def make_eval_step(objective: Objective) -> Callable[[Any, Any], tuple[dict[str, Array], dict[str, Array]]]:
-    """`(state, batch) -> (sums, weights)` of the objective's terms, on the averaged parameters where there are any."""
-
-    def eval_step(state: TrainState, batch: Any) -> tuple[dict[str, Array], dict[str, Array]]:
-        params = state.params if state.ema is None else state.ema
-        sums, _ = objective.terms(params, state.frozen, state.extra, batch, state.key)
-        return sums, objective.weights(batch)
-
-    return eval_step

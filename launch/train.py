@@ -1,0 +1,41 @@
+"""Trains a model: `python -m launch.train --config=configs/tiny.py --workdir=runs/tiny`.
+
+The same command goes on where an earlier process stopped. Exit status: 0 finished, 2 the user's mistake or a model that does not
+fit, 75 saved and not finished (start me again), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from launch import cli, runtime
+
+FLAGS = flags.FlagValues()
+WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder (local, gs:// or s3://)", required=True, flag_values=FLAGS)
+runtime.define_process_flags(FLAGS)
+
+
+def main(config: ConfigDict) -> int:
+    from lm_jax.config import build
+    from lm_jax.paths import run_path
+    from lm_jax.training.run import RunConfig
+
+    run = build(RunConfig, config)
+    directory = run_path(WORKDIR.value)
+    runtime.start(FLAGS, run)
+
+    from lm_jax.objectives.next_token import next_token
+    from lm_jax.training.loop import train
+    from lm_jax.training.report import command_line
+
+    def objective(c: RunConfig):  # type: ignore[no-untyped-def]
+        return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat)
+
+    return train(run, directory, objective, command_line())
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, config=True)

@@ -1,0 +1,248 @@
+"""From a source's documents to a store: what is held out, what a tokenizer learns from, and tokens counted in and
+out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_jax.data.progress import Progress
+from lm_jax.data.sources import Document, Files, Policy, Reader
+from lm_jax.data.store import Writer
+from lm_jax.data.tokenizers import Tokenizer
+from lm_jax.errors import UserError
+
+BATCH = 2**21  # characters that are encoded before they are written
+
+
+class Corpus:
+    """The documents of a source, surveyed once: which there are, and which are held out.
+
+    A document is held out by a hash of its text, so it stays on its side when others come and go. Of a source with a
+    single document the end of the text is held out; its two parts then count as two documents.
+
+    Attributes:
+      sizes: `[documents]` int64, bytes of UTF-8.
+      held_out: `[documents]` bool.
+      length: characters in all.
+      dropped: how many things in the source were left out, by reason.
+    """
+
+    def __init__(self, files: Files, policy: Policy, share: float) -> None:
+        """Args: the files, how documents are taken from them, and the share of them to hold out (0: none).
+
+        Raises:
+          UserError: where there is no text, or what there is cannot be divided.
+        """
+        self.files, self.policy = files, policy
+        reader = Reader(files, policy)
+        found = [(_hash(document.text), len(document.text)) for document in reader]
+        self._hashes = np.array([h for (h, _), _ in found], np.uint64)
+        self.sizes = np.array([size for (_, size), _ in found], np.int64)
+        self.length = sum(characters for _, characters in found)
+        self.dropped = dict(reader.dropped)
+        if not len(self._hashes):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
+            raise UserError(f"{files.label} has no text" + (f": left out were {reasons}" if reasons else ""))
+        self._cut = 0  # characters before the part held out of a single document
+        self.held_out = np.zeros(len(self._hashes), bool)
+        if share > 0 and len(self._hashes) == 1:
+            self._divide(share)
+        elif share > 0:
+            self.held_out = hold_out(self._hashes, share, files.label)
+
+    def _divide(self, share: float) -> None:
+        (document,) = Reader(self.files, self.policy)
+        self._cut = int(len(document.text) * (1 - share))
+        sizes = [len(part.encode("utf-8")) for part in (document.text[: self._cut], document.text[self._cut :])]
+        if 0 in sizes:
+            raise UserError(
+                f"{document.origin}: its {len(document.text)} characters are too few to hold {share:g} of them out"
+            )
+        self.sizes, self.held_out = np.array(sizes, np.int64), np.array([False, True])
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents in the order of `sizes` and `held_out`.
+
+        Raises:
+          UserError: where a file is no longer what was surveyed.
+        """
+        count = 0
+        for document in Reader(self.files, self.policy):
+            if count >= len(self._hashes) or _hash(document.text)[0] != self._hashes[count]:
+                raise UserError(
+                    f"{document.origin}: changed while it was being read\nstart again when nothing writes to it"
+                )
+            count += 1
+            if self._cut:
+                yield Document(document.text[: self._cut], document.origin)
+                yield Document(document.text[self._cut :], document.origin)
+            else:
+                yield document
+        if count != len(self._hashes):
+            raise UserError(
+                f"{self.files.label}: changed while it was being read\nstart again when nothing writes to it"
+            )
+
+    def sample(self, limit: int) -> list[str]:
+        """Documents to learn a vocabulary from: some that are not held out, by the order of their hashes.
+
+        Args:
+          limit: bytes from which on no more are taken; characters that are taken of any one document.
+        """
+        if self._cut:
+            return [next(iter(self)).text[:limit]]
+        order = np.argsort(self._hashes, kind="stable")
+        order = order[~self.held_out[order]]
+        before = np.cumsum(self.sizes[order]) - self.sizes[order]
+        chosen = set(order[before < limit].tolist())
+        return [d.text[:limit] for i, d in enumerate(self) if i in chosen]
+
+    def characters(self) -> set[str]:
+        """Every character of the source, held-out text included: without an id none of it could be scored."""
+        found: set[str] = set()
+        for document in self:
+            found.update(document.text)
+        return found
+
+
+def _hash(text: str) -> tuple[int, int]:
+    """A text's hash, 64 bits, and its size in bytes."""
+    data = text.encode("utf-8")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"), len(data)
+
+
+def hold_out(hashes: np.ndarray, share: float, label: str = "the source") -> np.ndarray:
+    """Which documents are held out `[documents]` bool: those whose hash is in the lowest `share` of all hashes.
+
+    Equal texts are on the same side. Where chance leaves a side empty, the lowest hash is held out, or all but the
+    highest.
+
+    Raises:
+      UserError: where all documents are the same text.
+    """
+    held = hashes < np.uint64(int(share * 2**64))
+    if not held.any():
+        held = hashes == hashes.min()
+    if held.all():
+        held = hashes != hashes.max()
+    if not held.any():
+        raise UserError(
+            f"{label}: its {len(hashes)} documents are all the same text\nset data.held_out=0 to hold none out"
+        )
+    return held
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenising
+
+
+@dataclasses.dataclass
+class _Job:
+    """What has been written, and what happened to documents and tokens. Tokens out are counted by the writer."""
+
+    writer: Writer
+    bad: str  # refuse or drop
+    dropped: collections.Counter[str]
+    held_out: list[bool] = dataclasses.field(default_factory=list)  # of the documents that were written
+    bytes: list[int] = dataclasses.field(default_factory=list)
+    predicted_bytes: list[int] = dataclasses.field(default_factory=list)
+    tokens_in: int = 0
+    tokens_dropped: int = 0
+    altered: int = 0
+
+    def drop(self, reason: str, tokens: int) -> None:
+        self.dropped[reason] += 1
+        self.tokens_dropped += tokens
+
+
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes every document's ids, a boundary before and after each where the tokenizer has one, as a store.
+
+    Raises:
+      UserError: names the file of a text that the tokenizer cannot encode.
+    """
+    writer = Writer(directory, tokenizer.vocab_size)
+    job = _Job(writer, corpus.policy.bad, collections.Counter(corpus.dropped))
+    with Progress("tokenising", corpus.length) as progress:
+        for batch in _batches(zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)):
+            _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
+    tokenizer.save(directory)
+    writer.finish(np.array(job.held_out, bool), _manifest(job))
+
+
+_Entry = tuple[Document, bool, int]  # a document, whether it is held out, its size in bytes
+
+
+def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+    batch: list[_Entry] = []
+    size = 0
+    for entry in documents:
+        batch.append(entry)
+        size += len(entry[0].text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
+    edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
+    for (document, held, size), inner in zip(batch, encoded, strict=True):
+        ids = np.concatenate([*edge, inner, *edge])
+        job.tokens_in += len(ids)
+        if edge and (inner == tokenizer.boundary).any():
+            if job.bad == "refuse":
+                raise UserError(
+                    f"{document.origin}: spells the token that the tokenizer has for a document's boundary\n"
+                    'mend it, or set data.bad_documents="drop" to leave such out and count them'
+                )
+            job.drop("spells the boundary", len(ids))
+        elif len(ids) < 2:
+            job.drop("fewer than two tokens", len(ids))
+        else:
+            job.writer.write(ids)
+            job.held_out.append(held)
+            job.bytes.append(size)
+            # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
+            job.predicted_bytes.append(size if edge else size - tokenizer.bytes_of(int(ids[0])))
+            job.altered += not tokenizer.exact and tokenizer.decode(inner) != document.text
+
+
+def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch([document.text for document, _, _ in batch], progress.advance)
+    except UserError:
+        for document, _, _ in batch:  # whose text was it?
+            try:
+                tokenizer.encode(document.text)
+            except UserError as error:
+                raise UserError(f"{document.origin}: {error}") from None
+        raise
+
+
+def _manifest(job: _Job) -> dict[str, Any]:
+    lengths, held = np.array(job.writer.lengths, np.int64), np.array(job.held_out, bool)
+    out = int(lengths.sum())
+    if job.tokens_in != out + job.tokens_dropped:
+        raise RuntimeError(f"{job.tokens_in} tokens in, but {out} out and {job.tokens_dropped} dropped")
+    sides = {"train": ~held, "held_out": held}
+
+    def by_side(values: np.ndarray | list[int]) -> dict[str, int]:
+        return {side: int(np.asarray(values, np.int64)[mask].sum()) for side, mask in sides.items()}
+
+    return {
+        "format": 1,
+        "documents": {**{side: int(mask.sum()) for side, mask in sides.items()}, "altered": job.altered},
+        "dropped": dict(sorted(job.dropped.items())),
+        "tokens": {"in": job.tokens_in, "out": out, "dropped": job.tokens_dropped, **by_side(lengths)},
+        "targets": by_side(lengths - 1),
+        "bytes": by_side(job.bytes),
+        "predicted_bytes": by_side(job.predicted_bytes),
+    }

@@ -1,0 +1,125 @@
+"""What a run tells while it runs: records, the progress line, samples and the report, from the first process alone.
+
+The numbers of a step are read when the next one is already on its way, so that reading never keeps the device waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm_jax import costs
+from lm_jax.config import redact, to_dict
+from lm_jax.training.metrics import MetricsWriter, WandbWriter, evaluation_values, peak_memory_bytes, speed
+from lm_jax.training.report import Report, Samples, write_config
+from lm_jax.training.run import RunConfig
+from lm_jax.training.terminal import Progress
+
+
+class RunLog:
+    """A run's records and reports.
+
+    Args:
+      config: resolved.
+      directory: the run's.
+      start_step: steps done by earlier processes.
+      command: what starts the run again.
+      facts: lines of the report's head, by name.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: epath.Path, *, start_step: int, command: str, facts: Mapping[str, str]
+    ) -> None:
+        self.active = jax.process_index() == 0
+        train = config.train
+        self._length, self._tokens_per_step = train.length, train.tokens_per_step
+        self._flops = costs.flops_per_token(config.model, train.length)
+        peak = costs.peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak and peak * jax.device_count()
+        plain = redact(to_dict(config))
+        mirrors = [WandbWriter(train.wandb, directory, plain)] if train.wandb and self.active else []
+        self.writer = MetricsWriter(directory, start_step=start_step, active=self.active, mirrors=mirrors)
+        self.progress = Progress(train.total_steps, self._tokens_per_step, start_step=start_step) if self.active else None
+        self._samples = Samples(directory, start_step=start_step) if self.active else None
+        self._report = Report(directory, config=plain, command=command, facts=facts) if self.active else None
+        if self.active:
+            write_config(directory, plain)
+        self._waiting: tuple[int, int, dict[str, jax.Array], float] | None = None
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """A line to whoever watches."""
+        if self.progress is not None:
+            self.progress.say(line)
+
+    def step(self, step: int, rows: int, metrics: dict[str, jax.Array], waited: float) -> int:
+        """Takes the numbers of a step that was just started, and writes those of the one before.
+
+        Args:
+          step: how many steps are done with this one.
+          rows: rows consumed with this one.
+          metrics: the step's, still on the device.
+          waited: seconds that the loop waited for the batch.
+
+        Returns:
+          `bad_steps` of the step before: how many in a row were not applied.
+        """
+        bad = self.flush()
+        self._waiting = (step, rows, metrics, waited)
+        return bad
+
+    def flush(self) -> int:
+        """Writes the record of the last step, once it is done; `bad_steps` of it as `step` returns it."""
+        if self._waiting is None:
+            return 0
+        (step, rows, on_device, waited), self._waiting = self._waiting, None
+        values = jax.device_get(on_device)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        record: dict[str, Any] = {"step": step, "tokens": rows * self._length}
+        names = [name for name in values if name not in ("bad_steps", "batch_hash", "targets")]
+        record |= {name: float(values[name]) for name in names}
+        record |= speed(self._tokens_per_step, seconds, flops_per_token=self._flops, peak_flops=self._peak)
+        record |= {"data_wait_seconds": waited, "peak_memory_bytes": peak_memory_bytes()}
+        record["batch_hash"] = f"{int(values['batch_hash']):08x}"
+        self.writer.write(record)
+        if self.progress is not None:
+            self.progress.update(record)
+        return int(values["bad_steps"])
+
+    def resume_clock(self) -> None:
+        """Leaves what has happened since the last step (an evaluation, a save) out of the next step's seconds."""
+        self._since = time.perf_counter()
+
+    def evaluation(self, step: int, rows: int, results: Mapping[str, tuple[float, int, float]]) -> None:
+        """Writes an evaluation.
+
+        Args:
+          results: by the set's name (empty for the held-out text): the sum of its loss in nats, targets, bytes a target.
+        """
+        values: dict[str, float] = {}
+        for name, (nats, targets, bytes_per_target) in results.items():
+            values |= evaluation_values(nats, targets, round(targets * bytes_per_target), name=name)
+        self.writer.write({"step": step, "tokens": rows * self._length, **values}, kind="evaluation")
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith(("eval_loss", "bits_per_byte")))
+        self.say(f"step {step}: {losses}")
+        if self._report is not None:
+            self._report.update(self.writer.history)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Adds what the model wrote after a prompt."""
+        if self._samples is not None:
+            self._samples.add(step, prompt, text)
+
+    def close(self, state: str) -> None:
+        """Everything on the disk, and the report with how the run ended."""
+        self.flush()
+        self.writer.close()
+        if self._report is not None:
+            self._report.update(self.writer.history, state, final=True)
+        if self.progress is not None:
+            self.progress.close()

@@ -1,0 +1,269 @@
+"""The loop: read `train` from top to bottom and you have read the program.
+
+It sets up (mesh, data, program, state or restore), runs the steps (batch, step, log, evaluate, save), and ends. It is the same
+for every objective.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm_jax import paths
+from lm_jax.config import differences, redact, to_dict
+from lm_jax.data.loader import Batches
+from lm_jax.data.pipeline import Prepared, TextSet, prepare, prepare_evaluation
+from lm_jax.errors import ConfigError, Failure, UserError
+from lm_jax.evaluation.loss import held_out_loss
+from lm_jax.generation.decode import generate
+from lm_jax.generation.sampling import SamplingConfig
+from lm_jax.objectives.objective import Objective
+from lm_jax.params import count
+from lm_jax.sharding import make_mesh
+from lm_jax.training import terminal
+from lm_jax.training.checkpoint import Checkpointer, CheckpointReader
+from lm_jax.training.log import RunLog
+from lm_jax.training.manifest import compare
+from lm_jax.training.preemption import StopSignal
+from lm_jax.training.program import Program, make_program
+from lm_jax.training.report import versions
+from lm_jax.training.run import RunConfig
+from lm_jax.training.state import TrainState
+
+FINISHED, SAVED = 0, 75  # exit statuses: done; saved and not finished: start me again
+
+
+class RunFailed(Failure):
+    """The run cannot go on."""
+
+
+def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str) -> int:
+    """Trains until the run's last step, or until a signal asks to stop; goes on where an earlier process stopped.
+
+    Args:
+      config: the run's.
+      directory: where the run's files are; made if it is not there.
+      make_objective: from the config with its vocabulary filled in, what to minimise.
+      command: what starts this run again, for the report.
+
+    Returns:
+      The exit status: `FINISHED` or `SAVED`.
+
+    Raises:
+      UserError: for what the user can mend.
+      RunFailed: where too many steps in a row were not finite.
+      StorageError: where the run's files cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        # ------------------------------------------------------------------------------------------------------ set-up
+        stop = stack.enter_context(StopSignal())
+        mesh = make_mesh(config.mesh)
+        config.check_layout(mesh.size)
+        stack.enter_context(jax.set_mesh(mesh))
+        first = jax.process_index() == 0
+        if first:
+            stack.enter_context(paths.lock(directory))
+        _tell(f"{mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(f"{a} {n}" for a, n in mesh.shape.items()))
+        data = prepare(config.data, length=config.train.length, seed=config.train.seed)
+        _tell(data.description, *data.notes)
+        config = config.with_vocab(data.tokenizer.vocab_size)
+        sets = _evaluation_sets(config, data)
+        program = make_program(config, mesh, make_objective(config))
+        _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
+
+        # ---------------------------------------------------------------------------------------------- state or restore
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpointer(directory / "checkpoints", config.checkpoint, _tell))
+        )
+        state, step, rows = _start(program, checkpoints, data)
+        total = config.train.total_steps
+        data.check_epochs(rows + (total - step) * config.train.batch_size)
+        facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": str(dict(mesh.shape))}
+        log = RunLog(config, directory, start_step=step, command=command, facts=facts)
+        stack.callback(log.writer.close)
+        _tell(*log.writer.notes)
+        batches = stack.enter_context(_training_batches(program, data, rows, total - step))
+
+        def evaluate() -> None:
+            log.evaluation(step, rows, _evaluate(program, state, sets))
+            _sample(program, state, data, log, step)
+
+        def save() -> None:
+            log.writer.flush(sync=True)  # a step's record is on disk before its checkpoint commits
+            checkpoints.save(step, state, _metadata(config, data, step, rows), force=True)
+
+        if step == 0:
+            evaluate()
+
+        # -------------------------------------------------------------------------------------------------------- steps
+        if log.progress is not None and step < total:
+            log.progress.start()
+        log.resume_clock()
+        while step < total and not stop.should_stop(step):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            state, metrics = program.train_step(state, batch)
+            step, rows = step + 1, rows + config.train.batch_size
+            _refuse_bad_steps(log.step(step, rows, metrics, waited), config)
+            checkpoints.check()
+            evaluation_due = step == total or (config.evaluation.every and step % config.evaluation.every == 0)
+            if evaluation_due or checkpoints.due(step) or step == total:
+                _refuse_bad_steps(log.flush(), config)
+                if evaluation_due:
+                    evaluate()
+                if checkpoints.due(step) or step == total:
+                    save()
+                log.resume_clock()
+
+        # ---------------------------------------------------------------------------------------------------------- end
+        _refuse_bad_steps(log.flush(), config)
+        save()
+        checkpoints.wait()
+        finished = step >= total
+        log.close("finished" if finished else f"saved at step {step} of {total}: the same command goes on")
+        return FINISHED if finished else SAVED
+
+
+# --------------------------------------------------------------------------------------------------------------- set-up
+
+
+def _tell(*lines: str) -> None:
+    for line in lines if jax.process_index() == 0 else ():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
+    """The held-out text (under the empty name) and the further sets of the config, by name."""
+    sets = {} if data.held_out is None else {"": data.held_out}
+    for name, source in config.evaluation.sets.items():
+        sets[name] = prepare_evaluation(
+            config.data, data.tokenizer, source, length=config.train.length, key=f"evaluation.sets.{name}"
+        )
+    return sets
+
+
+def _start(program: Program, checkpoints: Checkpointer, data: Prepared) -> tuple[TrainState, int, int]:
+    """The state to begin with, the steps done and the rows consumed: restored, from another run's weights, or fresh."""
+    config = program.config
+    if checkpoints.latest is not None:
+        _check_same_run(checkpoints.read_metadata(), config, data)
+    restored = checkpoints.restore(program.abstract)
+    if restored is not None:
+        _tell(f"going on from checkpoint {restored.step}")
+        return restored.tree, restored.step, restored.metadata["rows"]
+    state = program.init()
+    if config.train.init_from is None:
+        return state, 0, 0
+    other = CheckpointReader(paths.run_path(config.train.init_from) / "checkpoints", _tell)
+    weights = other.restore_params(program.abstract.params, ema=True)
+    _tell(f"starting from the weights of {config.train.init_from}, checkpoint {weights.step}")
+    average = None if state.ema is None else jax.tree.map(lambda a: a.copy(), weights.tree)
+    return state.replace(params=weights.tree, ema=average), 0, 0
+
+
+def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:
+    """What must stay the same for a resumed run to be the same run."""
+    return {
+        "tokenizer": data.tokenizer.fingerprint,
+        "data": f"{data.data}, rows of {config.train.length}",
+        "seed": str(config.train.seed),
+    }
+
+
+def _check_same_run(metadata: dict[str, Any], config: RunConfig, data: Prepared) -> None:
+    """Tells what differs from the run that saved a checkpoint.
+
+    Raises:
+      UserError: where it is something that makes it another run.
+    """
+    new = redact(to_dict(config))
+    changed = differences(metadata["config"]["model"], new["model"])
+    shapes = [line for line in changed if not line.startswith(("dtype", "scan"))]
+    if shapes and "model" not in config.checkpoint.accept:
+        raise UserError(
+            f"the checkpoint is of another model: {'; '.join('model.' + line for line in shapes[:3])}\n"
+            'give another workdir, or go on all the same with checkpoint.accept = ("model",)'
+        )
+    lines = compare(metadata, {"identity": _identity(config, data), "config": new}, config.checkpoint.accept)
+    _tell(*(f"changed: {line}" for line in lines))
+
+
+def _metadata(config: RunConfig, data: Prepared, step: int, rows: int) -> dict[str, Any]:
+    """What a checkpoint holds beside the state: enough to go on, to generate and to evaluate without the source."""
+    files = {name: base64.b64encode(content).decode() for name, content in data.tokenizer.files().items()}
+    return {
+        "step": step,
+        "rows": rows,
+        "config": redact(to_dict(config)),
+        "identity": _identity(config, data),
+        "tokenizer": files,
+        "versions": versions(),
+    }
+
+
+@contextlib.contextmanager
+def _training_batches(program: Program, data: Prepared, rows: int, steps: int) -> Iterator[Iterator[Any]]:
+    if steps <= 0:
+        yield iter(())
+        return
+    train = program.config.train
+    with Batches(
+        data.train.plan, data.train.store, program.mesh, batch_size=train.batch_size, start=rows, threads=data.config.threads
+    ) as batches:
+        yield batches
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+def _refuse_bad_steps(bad: int, config: RunConfig) -> None:
+    if bad >= config.train.max_bad_steps:
+        raise RunFailed(
+            f"{bad} steps in a row had a loss or gradient that is not finite; none of them was applied\n"
+            "try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm; the last "
+            "checkpoint is whole (train.max_bad_steps)"
+        )
+
+
+def _evaluate(program: Program, state: TrainState, sets: dict[str, TextSet]) -> dict[str, tuple[float, int, float]]:
+    """The sum of the loss, the targets and the bytes a target of every set, on the averaged weights where there are any."""
+    config, results = program.config, {}
+    params = state.params if state.ema is None else state.ema
+    for name, text in sets.items():
+        rows, size = text.plan.rows_per_epoch, config.train.batch_size
+        stop = rows if config.evaluation.batches is None else min(rows, config.evaluation.batches * size)
+        with Batches(text.plan, text.store, program.mesh, batch_size=size, stop=stop) as batches:
+            nats, targets = held_out_loss(program.eval_step, params, state.frozen, state.extra, batches)
+        results[name] = (nats, targets, text.bytes_per_target)
+    return results
+
+
+def _sample(program: Program, state: TrainState, data: Prepared, log: RunLog, step: int) -> None:
+    """Writes down how the model continues the config's prompt."""
+    config = program.config
+    if config.evaluation.prompt is None:
+        return
+    tokenizer, boundary = data.tokenizer, data.tokenizer.boundary
+    prompt = config.evaluation.prompt or ("" if boundary is not None else "\n")
+    try:
+        ids = tokenizer.encode(prompt).tolist()
+    except UserError as e:
+        raise ConfigError("evaluation.prompt", str(e)) from e
+    (tokens,) = generate(
+        state.params if state.ema is None else state.ema,
+        [([] if boundary is None else [boundary]) + ids],
+        c=config.model,
+        max_tokens=config.evaluation.sample_tokens,
+        sampling=SamplingConfig(),
+        seed=0,
+        stop_id=boundary,
+    )
+    log.sample(step, prompt, tokenizer.decode(tokens))

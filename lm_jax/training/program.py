@@ -1,0 +1,71 @@
+"""What a config compiles to: the mesh's state, the step and the evaluation, for whoever runs, times or inspects them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from lm_jax.errors import ConfigError
+from lm_jax.evaluation.loss import EvalStep, make_eval_step
+from lm_jax.models.transformer import transformer_specs
+from lm_jax.objectives.objective import Objective
+from lm_jax.params import Tree
+from lm_jax.training.optimizers import make_optimizer
+from lm_jax.training.run import RunConfig
+from lm_jax.training.schedules import learning_rate
+from lm_jax.training.state import TrainState, abstract_state, init_state
+from lm_jax.training.step import Metrics, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A config on a mesh. The steps are jitted; the training step consumes the state that it is given.
+
+    Attributes:
+      abstract: the state as shapes, dtypes and shardings.
+      train_step: `(state, batch) -> (state, metrics)`.
+      eval_step: `(params, frozen, extra, batch) -> (sums, weights)`.
+    """
+
+    config: RunConfig
+    mesh: jax.sharding.Mesh
+    specs: Tree
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    eval_step: EvalStep
+
+    def init(self) -> TrainState:
+        """A fresh state of the config's seed."""
+        config = self.config
+        return init_state(
+            self.specs, self.optimizer, self.mesh, config.train.seed, ema=config.optimizer.ema is not None
+        )
+
+
+def make_program(config: RunConfig, mesh: jax.sharding.Mesh, objective: Objective) -> Program:
+    """The program of a config whose vocabulary is known.
+
+    Raises:
+      ConfigError: where the mesh does not divide what is split over it.
+    """
+    config.check_layout(mesh.size)
+    specs = transformer_specs(config.model)
+    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
+    try:
+        abstract = abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None)
+    except ValueError as e:
+        raise ConfigError("mesh", str(e)) from e
+    step = make_train_step(
+        objective,
+        optimizer,
+        learning_rate(config.optimizer, config.train.total_steps),
+        microbatches=config.train.microbatches,
+        clip_norm=config.optimizer.clip_norm,
+        ema=config.optimizer.ema,
+    )
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return Program(config, mesh, specs, optimizer, abstract, train_step, jax.jit(make_eval_step(objective)))

@@ -1,0 +1,161 @@
+"""Rows against a slow reference, and every pair in exactly one row an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_jax.data.packing import Plan, read_row, read_rows
+from lm_jax.errors import UserError
+
+STRIDE = 1000  # token i of document d is d * STRIDE + i: a token says where it stands
+
+
+class Numbered:
+    """Documents whose tokens say which they are."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+
+    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        for document, start, stop in ranges:
+            assert 0 <= start < stop <= self.lengths[document]
+        return [np.arange(start, stop, dtype=np.int32) + document * STRIDE for document, start, stop in ranges]
+
+
+def make(lengths: Sequence[int], length: int, seed: int | None = 0) -> Plan:
+    return Plan(np.arange(len(lengths)), np.array(lengths), length=length, seed=seed)
+
+
+lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda xs: max(xs) > 1)
+seeds = st.one_of(st.none(), st.integers(0, 2**31))
+
+
+def slow_rows(plan: Plan, lengths: Sequence[int], number: int) -> list[list[tuple[int, int]]]:
+    """An epoch's rows as lists of (document, index of the input), written down pair by pair."""
+    epoch = plan._epoch(number)
+    alive = [d for d, n in enumerate(lengths) if n > 1]
+    ring = [(alive[which], i) for which in epoch.order for i in range(lengths[alive[which]] - 1)]
+    turned = ring[epoch.offset :] + ring[: epoch.offset]
+    cut = [turned[i : i + plan.length] for i in range(0, len(turned), plan.length)]
+    return [cut[i] for i in epoch.rows]
+
+
+@settings(deadline=None, max_examples=150)
+@given(lengths_of_documents, st.integers(1, 50), seeds, st.integers(0, 3))
+def test_rows_equal_a_slow_reference(lengths: list[int], length: int, seed: int | None, number: int) -> None:
+    plan, store = make(lengths, length, seed), Numbered(lengths)
+    expected = slow_rows(plan, lengths, number)
+    assert len(expected) == plan.rows_per_epoch
+    batch = read_rows(plan, store, range(number * len(expected), (number + 1) * len(expected)))
+    for b, pairs in enumerate(expected):
+        segment, position = -1, 0
+        for t, (document, i) in enumerate(pairs):
+            goes_on = t > 0 and pairs[t - 1] == (document, i - 1)
+            segment, position = (segment, position + 1) if goes_on else (segment + 1, 0)
+            assert batch["tokens"][b, t] == document * STRIDE + i
+            assert batch["targets"][b, t] == document * STRIDE + i + 1
+            assert (batch["segment_ids"][b, t], batch["positions"][b, t]) == (segment, position)
+        n = len(pairs)
+        assert batch["loss_mask"][b].tolist() == [True] * n + [False] * (length - n)
+        assert (batch["segment_ids"][b, n:] == -1).all()
+        assert not any(batch[name][b, n:].any() for name in ("tokens", "targets", "positions"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths_of_documents, st.integers(1, 50), seeds)
+def test_every_pair_once_an_epoch_with_padding_in_one_row_at_most(
+    lengths: list[int], length: int, seed: int | None
+) -> None:
+    plan, store = make(lengths, length, seed), Numbered(lengths)
+    everything = sorted(d * STRIDE + i for d, n in enumerate(lengths) for i in range(n - 1))
+    for number in range(3):
+        rows = range(number * plan.rows_per_epoch, (number + 1) * plan.rows_per_epoch)
+        batch = read_rows(plan, store, rows)
+        mask = batch["loss_mask"]
+        assert sorted(batch["tokens"][mask].tolist()) == everything
+        assert (batch["targets"][mask] == batch["tokens"][mask] + 1).all()
+        assert (~mask.all(axis=1)).sum() <= 1
+    assert plan.rows_per_epoch == -(-len(everything) // length)
+
+
+@settings(deadline=None, max_examples=50)
+@given(lengths_of_documents, st.integers(1, 20), st.integers(0, 99), st.integers(0, 60), st.integers(1, 9))
+def test_a_row_depends_on_the_plan_and_its_number_alone(
+    lengths: list[int], length: int, seed: int, first: int, batch_size: int
+) -> None:
+    """Resuming anywhere, in batches of any size and in any order, gives the rows that reading from the start gives."""
+    store = Numbered(lengths)
+    whole = read_rows(make(lengths, length, seed), store, range(first + 2 * batch_size))
+    fresh = make(lengths, length, seed)
+    later = read_rows(fresh, store, range(first + batch_size, first + 2 * batch_size))
+    sooner = read_rows(fresh, store, range(first, first + batch_size))
+    for name, values in whole.items():
+        np.testing.assert_array_equal(values[first : first + batch_size], sooner[name])
+        np.testing.assert_array_equal(values[first + batch_size :], later[name])
+
+
+def test_epochs_and_seeds_differ_and_a_single_document_is_cut_elsewhere() -> None:
+    lengths, length = [900], 64
+    plan, store = make(lengths, length), Numbered(lengths)
+    starts = [
+        {int(read_row(plan, store, e * plan.rows_per_epoch + r)["tokens"][0]) for r in range(4)} for e in range(4)
+    ]
+    assert len(set(map(frozenset, starts))) == 4
+    assert len({plan._epoch(e).offset for e in range(20)}) > 10
+    many = make([30] * 200, length)
+    assert many.row(0) != make([30] * 200, length, seed=1).row(0)
+    assert many._epoch(0).order.tolist() != many._epoch(1).order.tolist() != list(range(200))
+
+
+def test_the_order_is_written_down() -> None:
+    """Fixed by arithmetic of our own: the same on every machine and version."""
+    plan = make([5, 9, 2, 7], 4, seed=3)
+    assert [plan.row(n) for n in range(5)] == [
+        [(1, 6, 8), (3, 0, 1)],
+        [(3, 5, 6), (0, 0, 3)],
+        [(3, 1, 5)],
+        [(0, 3, 4), (2, 0, 1), (1, 0, 2)],
+        [(1, 2, 6)],
+    ]
+    assert plan.fingerprint == make([5, 9, 2, 7], 4, seed=3).fingerprint
+
+
+def test_evaluation_is_in_order_and_ends_in_padding() -> None:
+    plan, store = make([6, 4], 3, seed=None), Numbered([6, 4])
+    batch = read_rows(plan, store, [0, 1, 2, None])
+    assert batch["tokens"][:3].tolist() == [[0, 1, 2], [3, 4, 1000], [1001, 1002, 0]]
+    assert batch["loss_mask"].sum(axis=1).tolist() == [3, 3, 2, 0]
+    assert batch["segment_ids"].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, -1], [-1, -1, -1]]
+
+
+def test_fingerprints_tell_plans_apart() -> None:
+    documents, tokens = np.arange(3), np.array([4, 5, 6])
+    plans = [
+        Plan(documents, tokens, length=4, seed=0),
+        Plan(documents, tokens, length=5, seed=0),
+        Plan(documents, tokens, length=4, seed=1),
+        Plan(documents, tokens, length=4, seed=None),
+        Plan(documents, tokens, length=4, seed=0, content="other"),
+        Plan(documents + 1, tokens, length=4, seed=0),
+        Plan(documents, tokens[::-1], length=4, seed=0),
+    ]
+    assert len({p.fingerprint for p in plans}) == len(plans)
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [1, 1]])
+def test_nothing_to_predict_is_refused(lengths: list[int]) -> None:
+    with pytest.raises(UserError, match="two tokens"):
+        make(lengths, 8)
+
+
+def test_a_plan_of_many_documents() -> None:
+    """Lengths up to a corpus's: no loop over documents, no overflow."""
+    lengths = np.random.default_rng(0).integers(2, 50_000, 300_000)
+    plan = Plan(np.arange(300_000), lengths, length=2048, seed=0)
+    assert plan.pairs == int((lengths - 1).sum()) > 2**32
+    assert sum(p.stop - p.start for n in range(50) for p in plan.row(n)) == 50 * 2048
