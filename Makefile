@@ -6,7 +6,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m uv pip install --python $(PY)
-COMPILE := $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+CHECKED := --require-hashes --only-binary :all:
+COMPILE := $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --custom-compile-command "make lock"
 LOCKS := requirements
 PROMPT ?= def
@@ -69,15 +70,16 @@ $(PY):
 	  '$(PYTHON) has no venv module. On Debian and Ubuntu: apt install python3-venv. Or use another: make PYTHON=/path/to/python3.12 ...'; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# uv installs in seconds what takes pip minutes. It does not read pip's settings, so where only those know the way to
-# the packages (a company's mirror), pip is the second try, from the same lock and hashes.
+# uv installs in seconds what takes pip minutes. It brings certificates of its own and does not read pip's settings. Where
+# only the system's certificates or only those settings lead to the packages (a company's mirror), the next one serves,
+# from the same lock and hashes.
 define install_lock
-	$(INSTALL) --require-hashes --only-binary :all: -r $(1) || \
-	  $(PY) -m pip install --require-hashes --only-binary :all: --no-deps -r $(1)
+	$(INSTALL) $(CHECKED) -r $(1) || $(INSTALL) --system-certs $(CHECKED) -r $(1) || \
+	  $(PY) -m pip install $(CHECKED) --no-deps -r $(1)
 endef
 
 $(VENV)/bootstrap.done: $(PY) $(LOCKS)/bootstrap.lock
-	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: --no-deps -r $(LOCKS)/bootstrap.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check $(CHECKED) --no-deps -r $(LOCKS)/bootstrap.lock
 	@touch $@
 
 $(VENV)/setup.done: $(VENV)/bootstrap.done $(LOCKS)/run.lock setup.cfg pyproject.toml
@@ -89,11 +91,13 @@ $(VENV)/setup-dev.done: $(VENV)/setup.done $(LOCKS)/dev.lock
 	$(call install_lock,$(LOCKS)/dev.lock)
 	@touch $@
 
-# bootstrap.lock: what installs. dev.lock: all of run.lock, and the tools.
+# bootstrap.lock: what installs. run.lock: what the project needs. dev.lock: that, and the tools. Versions are chosen with
+# every extra in view, so that each of them can be added to what is locked.
 lock: $(VENV)/bootstrap.done
 	printf 'setuptools>=77\nuv\n' | $(COMPILE) --upgrade --output-file $(LOCKS)/bootstrap.lock -
-	$(COMPILE) --upgrade --output-file $(LOCKS)/run.lock setup.cfg
-	$(COMPILE) --upgrade --output-file $(LOCKS)/dev.lock --extra dev --constraint $(LOCKS)/run.lock setup.cfg
+	$(COMPILE) --upgrade --all-extras --output-file $(VENV)/everything.lock setup.cfg
+	$(COMPILE) --upgrade --constraint $(VENV)/everything.lock --output-file $(LOCKS)/run.lock setup.cfg
+	$(COMPILE) --upgrade --constraint $(VENV)/everything.lock --output-file $(LOCKS)/dev.lock --extra dev setup.cfg
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,9 @@ _PEER_SILENT_SECONDS = 30  # a peer that says nothing for so long has died
 
 def define_process_flags(values: flags.FlagValues) -> None:
     """The flags by which the processes of a job find each other; none of them for a job of one process."""
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first of the job's processes", flag_values=values)
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of the first of the job's processes", flag_values=values
+    )
     flags.DEFINE_integer("num_processes", None, "how many processes the job has", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
 
@@ -35,7 +37,9 @@ def start(values: flags.FlagValues, config: RunConfig) -> None:
     if missing and len(missing) < len(given):
         raise UserError(f"--{missing[0]} is missing: coordinator_address, num_processes and process_id go together")
     if not missing and given["process_id"] >= given["num_processes"]:
-        raise UserError(f"--process_id={given['process_id']} is out of range: {given['num_processes']} processes count from 0")
+        raise UserError(
+            f"--process_id={given['process_id']} is out of range: {given['num_processes']} processes count from 0"
+        )
     processes = given["num_processes"] or 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices(config, processes))

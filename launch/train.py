@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 from launch import cli, runtime
 
 FLAGS = flags.FlagValues()
-WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder (local, gs:// or s3://)", required=True, flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "the run's folder (local, gs:// or s3://)", required=True, flag_values=FLAGS
+)
 runtime.define_process_flags(FLAGS)
 
 

@@ -149,22 +149,24 @@ def defaults(cls: type) -> ConfigDict:
     (`evaluation.sets`) stay open. A field without a default is None until it is set. Optional fields keep their type.
     """
     open_mappings: list[ConfigDict] = []
-    config = _defaults(cls, None, open_mappings).lock()
+    config = _defaults(cls, open_mappings).lock()
     for mapping in open_mappings:
         mapping.unlock()
     return config
 
 
-def _defaults(cls: type, instance: Any, open_mappings: list[ConfigDict]) -> ConfigDict:
+def _defaults(cls: type, open_mappings: list[ConfigDict]) -> ConfigDict:
     config = ConfigDict()
     hints = _hints(cls)
     for field in _fields(cls):
-        value = getattr(instance, field.name) if instance is not None else _default(field)
         options = _without_none(hints[field.name])
         kind = options[0]
         if dataclasses.is_dataclass(kind):
-            config[field.name] = _defaults(typing.cast(type, kind), value, open_mappings)
-        elif typing.get_origin(kind) in (dict, Mapping):
+            # Not of an instance: what a section works out from its other fields stays open here.
+            config[field.name] = _defaults(typing.cast(type, kind), open_mappings)
+            continue
+        value = _default(field)
+        if typing.get_origin(kind) in (dict, Mapping):
             config[field.name] = ConfigDict(dict(value or {}))
             open_mappings.append(config[field.name])
         else:

@@ -153,6 +153,12 @@ def role(spec: ParamSpec) -> Role:
 def describe(specs: Tree) -> Mapping[str, Mapping[str, Any]]:
     """Names, shapes, axes and roles as plain values: for golden dumps and manifests."""
     return {
-        name: {"shape": list(s.shape), "axes": list(s.axes), "fan_in": list(s.fan_in), "decay": s.decay, "role": role(s)}
+        name: {
+            "shape": list(s.shape),
+            "axes": list(s.axes),
+            "fan_in": list(s.fan_in),
+            "decay": s.decay,
+            "role": role(s),
+        }
         for name, s in named(specs).items()
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,7 +62,9 @@ class MeshConfig:
         for axis in AXES:
             size = getattr(self, axis)
             if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis}", f"{size} is no size of an axis", "use 1 or more, or -1 for the devices left")
+                raise ConfigError(
+                    f"mesh.{axis}", f"{size} is no size of an axis", "use 1 or more, or -1 for the devices left"
+                )
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise ConfigError("mesh", "more than one axis is -1", "give all but one of data, fsdp, sequence, tensor")
 
@@ -76,11 +79,15 @@ class MeshConfig:
         text = " x ".join(f"{a}={s}" for a, s in sizes.items())
         if -1 in sizes.values():
             if devices % fixed:
-                raise ConfigError("mesh", f"{text} does not divide {devices} devices", "choose sizes whose product divides them")
+                raise ConfigError(
+                    "mesh", f"{text} does not divide {devices} devices", "choose sizes whose product divides them"
+                )
             return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
         if fixed != devices:
             verb = "wants more than" if fixed > devices else "leaves some unused of"
-            raise ConfigError("mesh", f"{text} = {fixed} {verb} the {devices} devices here", "make one axis -1 to take what is there")
+            raise ConfigError(
+                "mesh", f"{text} = {fixed} {verb} the {devices} devices here", "make one axis -1 to take what is there"
+            )
         return sizes
 
 
@@ -94,7 +101,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def one_device_mesh() -> Mesh:
     """A mesh of one device: what a laptop, a test or a tool uses."""
-    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(AXES)), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Mesh(
+        np.array(jax.devices()[:1]).reshape((1,) * len(AXES)), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
 
 
 def partition(
@@ -151,7 +160,9 @@ def abstract(specs: Tree, mesh: Mesh, dtype: Any = np.float32) -> Tree:
     """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh."""
 
     def one(s: ParamSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, partition(*s.axes, shape=s.shape, mesh=mesh)))
+        return jax.ShapeDtypeStruct(
+            s.shape, dtype, sharding=NamedSharding(mesh, partition(*s.axes, shape=s.shape, mesh=mesh))
+        )
 
     return map_specs(one, specs)
 
@@ -183,3 +194,41 @@ def gather_weights(params: Tree, specs: Tree, dtype: Any) -> Tree:
         return w if whole else jax.sharding.reshard(w, partition(*s.axes, drop=("fsdp",)))
 
     return map_specs(one, specs, params)
+
+
+def on_whole_matrices(f: Callable[[jax.Array], jax.Array], x: jax.Array, batch_dims: int) -> jax.Array:
+    """`f(x)` where `f` needs whole matrices: on a mesh, the devices share the matrices out among them.
+
+    The mesh axes that split the matrices, and as many others as there are layers for, split the first dimension
+    instead, which is filled up with zeros if need be. (An all-to-all moves each weight once there and once back; a
+    plain gather would move it to every device, and every device would do all the work.)
+
+    Args:
+      f: acts on `[batch..., matrix dimensions...]` and keeps the shape.
+      x: the same.
+      batch_dims: how many dimensions stand before the matrices', 1 at least.
+    """
+    sharding = jax.typeof(x).sharding
+    sizes = sharding.mesh.shape
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    per_dim = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    taken = {a for dim in per_dim for a in dim}
+    moving = [a for dim in per_dim[batch_dims:] for a in dim]
+    parts = math.prod(sizes[a] for a in (*per_dim[0], *moving))
+    for axis, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True):
+        if kind == AxisType.Explicit and axis not in taken and parts * sizes[axis] <= x.shape[0]:
+            moving.append(axis)
+            parts *= sizes[axis]
+    # One axis at a time: XLA knows each such move as an all-to-all, and gathers everything when asked for two at once.
+    layouts = [per_dim]
+    for axis in moving:
+        rest = [tuple(a for a in dim if a != axis) for dim in layouts[-1]]
+        layouts.append([(*rest[0], axis), *rest[1:]])
+    fill = -x.shape[0] % parts
+    y = jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1)) if fill else x
+    for layout in layouts[1:]:
+        y = jax.sharding.reshard(y, PartitionSpec(*layout))
+    y = f(y)
+    for layout in reversed(layouts[:-1]):
+        y = jax.sharding.reshard(y, PartitionSpec(*layout))
+    return y[: x.shape[0]]

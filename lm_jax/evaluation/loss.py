@@ -20,7 +20,9 @@ def make_eval_step(objective: Objective) -> EvalStep:
     return eval_step
 
 
-def held_out_loss(eval_step: EvalStep, params: Any, frozen: Any, extra: Any, batches: Iterable[Any]) -> tuple[float, int]:
+def held_out_loss(
+    eval_step: EvalStep, params: Any, frozen: Any, extra: Any, batches: Iterable[Any]
+) -> tuple[float, int]:
     """The sum of the first term (cross-entropy, in nats) over all batches, and how many targets that were.
 
     Sums of batches are added up in double precision; the next batch runs while the last one's sum is read.

@@ -101,12 +101,16 @@ def _limits(
         raise ConfigError("max_tokens", f"{max_tokens} is too small", "use 1 or more")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError(f"prompt {row} is empty\ngive at least one token: that which begins a document, for instance")
+            raise UserError(
+                f"prompt {row} is empty\ngive at least one token: that which begins a document, for instance"
+            )
         wrong = next((i for i in prompt if not 0 <= i < c.ids), None)
         if wrong is not None:
             raise UserError(f"prompt {row} has the token id {wrong}: the model's ids are 0 to {c.ids - 1}")
         if max_length is not None and len(prompt) >= max_length:
-            raise UserError(f"prompt {row} has {len(prompt)} tokens and max_length is {max_length}: nothing can follow it")
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens and max_length is {max_length}: nothing can follow it"
+            )
     room = [max_tokens if max_length is None else min(max_tokens, max_length - len(p)) for p in prompts]
     return np.array(room, np.int32)
 
@@ -153,7 +157,9 @@ def _generate(
     """`[B, M]` tokens, how many of them count (`[B]`), and whether the model behaved; whole on every device."""
     c, B = static.c, tokens_BP.shape[0]
     # Once, not at every token; the final norm stays as it is, for it is not among the weights that a block casts.
-    params = {k: v if k == "final_norm" else jax.tree.map(lambda w: w.astype(c.compute_dtype), v) for k, v in params.items()}
+    params = {
+        k: v if k == "final_norm" else jax.tree.map(lambda w: w.astype(c.compute_dtype), v) for k, v in params.items()
+    }
     tokens_BP = constrain(tokens_BP, "batch", "length")
     length_B, limit_B = (constrain(a, "batch") for a in (length_B, limit_B))
     row_B = constrain(jnp.arange(B), "batch")

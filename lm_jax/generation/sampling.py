@@ -32,7 +32,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError("temperature", f"{self.temperature} is out of range", "use 0 (greedy) or a number such as 0.8")
+            raise ConfigError(
+                "temperature", f"{self.temperature} is out of range", "use 0 (greedy) or a number such as 0.8"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError("top_k", f"{self.top_k} is too small", "use 1 or more, or leave it out")
         if self.top_p is not None and not 0 < self.top_p <= 1:

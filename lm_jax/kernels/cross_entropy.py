@@ -63,7 +63,9 @@ def cross_entropy(
       `Sums` of float32 scalars.
     """
     meshless = jax.sharding.get_abstract_mesh().empty
-    static = _Static(z_loss, soft_cap, chunk, None if meshless else "tensor", () if meshless else ("data", "fsdp", "sequence"))
+    static = _Static(
+        z_loss, soft_cap, chunk, None if meshless else "tensor", () if meshless else ("data", "fsdp", "sequence")
+    )
     total, aux = _total(static, x_BTD, w_DV, targets_BT, mask_BT)
     ce, zz = (jax.lax.stop_gradient(a) for a in aux)
     return Sums(total, ce, zz)
@@ -75,7 +77,9 @@ def _total(static: _Static, x: Array, w: Array, targets: Array, mask: Array) -> 
     return ce + static.z_loss * zz, (ce, zz)
 
 
-def _total_forward(static: _Static, x: Array, w: Array, targets: Array, mask: Array) -> tuple[tuple, tuple[Array, Array]]:
+def _total_forward(
+    static: _Static, x: Array, w: Array, targets: Array, mask: Array
+) -> tuple[tuple, tuple[Array, Array]]:
     ce, zz, dx, dw = _on_mesh(functools.partial(_local_gradients, static), 2, x, w, targets, mask)
     return (ce + static.z_loss * zz, (ce, zz)), (dx, dw)
 

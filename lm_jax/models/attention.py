@@ -58,7 +58,9 @@ class AttentionConfig(NormConfig, PositionConfig):
                 raise ConfigError("model.heads", problem, "change one of them, or give model.head_dim")
             object.__setattr__(self, "head_dim", self.embed // self.heads)
         if self.position == "rope" and self.head_size % 2:
-            raise ConfigError("model.head_dim", f"{self.head_dim} is odd", "rotary positions turn pairs: use an even number")
+            raise ConfigError(
+                "model.head_dim", f"{self.head_dim} is odd", "rotary positions turn pairs: use an even number"
+            )
 
     @property
     def key_heads(self) -> int:

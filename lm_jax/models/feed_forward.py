@@ -33,7 +33,9 @@ class FeedForwardConfig:
         if self.feed_forward_dim is None:
             object.__setattr__(self, "feed_forward_dim", FEED_FORWARDS[self.feed_forward].default_dim(self.embed))
         elif self.feed_forward_dim < 1:
-            raise ConfigError("model.feed_forward_dim", f"{self.feed_forward_dim} is too small", "use 1 or more, or leave it open")
+            raise ConfigError(
+                "model.feed_forward_dim", f"{self.feed_forward_dim} is too small", "use 1 or more, or leave it open"
+            )
 
     @property
     def inner(self) -> int:

@@ -38,6 +38,8 @@ def linear(x: Array, w: Array, inputs: tuple[str, ...], outputs: tuple[str, ...]
         return jax.lax.dot_general(x, w, (over, ((), ())), out_sharding=result)
     x = constrain(x, "batch", None, *inputs)
     x2 = jax.lax.reshape(x, (B * T, math.prod(sizes_in)), out_sharding=out_sharding("batch", inputs[0]))
-    w2 = jax.lax.reshape(w, (math.prod(sizes_in), math.prod(sizes_out)), out_sharding=out_sharding(inputs[0], outputs[0]))
+    w2 = jax.lax.reshape(
+        w, (math.prod(sizes_in), math.prod(sizes_out)), out_sharding=out_sharding(inputs[0], outputs[0])
+    )
     y2 = jax.lax.dot_general(x2, w2, (((1,), (0,)), ((), ())), out_sharding=out_sharding("batch", outputs[0]))
     return jax.lax.reshape(y2, (B, T, *sizes_out), out_sharding=result)

@@ -30,7 +30,9 @@ class NormConfig:
         if self.norm not in ("rms", "rms_no_gain"):
             raise ConfigError("model.norm", f"unknown norm {self.norm!r}", "use rms or rms_no_gain")
         if not 0 < self.norm_epsilon < 1:
-            raise ConfigError("model.norm_epsilon", f"{self.norm_epsilon} is out of range", "use a small number such as 1e-6")
+            raise ConfigError(
+                "model.norm_epsilon", f"{self.norm_epsilon} is out of range", "use a small number such as 1e-6"
+            )
 
 
 def norm_specs(c: NormConfig, size: int) -> dict[str, ParamSpec]:

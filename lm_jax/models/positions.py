@@ -28,9 +28,13 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         if self.position not in POSITIONS:
-            raise ConfigError("model.position", f"unknown encoding {self.position!r}", f"use one of {', '.join(POSITIONS)}")
+            raise ConfigError(
+                "model.position", f"unknown encoding {self.position!r}", f"use one of {', '.join(POSITIONS)}"
+            )
         if not self.rope_base > 1:
-            raise ConfigError("model.rope_base", f"{self.rope_base} is out of range", "use a number above 1, such as 10000")
+            raise ConfigError(
+                "model.rope_base", f"{self.rope_base} is out of range", "use a number above 1, such as 10000"
+            )
 
 
 class PositionEncoding(NamedTuple):

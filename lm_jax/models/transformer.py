@@ -128,7 +128,9 @@ def hidden(
     rotation = POSITIONS[c.position].prepare(positions_BT, c.head_size, c)
     layer_specs = map_specs(unstacked, transformer_specs(c)["blocks"])
 
-    def layer(x_BTD: Array, layer_params: Params, layer_cache: KeyValueCache | None) -> tuple[Array, KeyValueCache | None]:
+    def layer(
+        x_BTD: Array, layer_params: Params, layer_cache: KeyValueCache | None
+    ) -> tuple[Array, KeyValueCache | None]:
         weights = gather_weights(layer_params, layer_specs, c.compute_dtype)
         return block(weights, x_BTD, c=c, rotation=rotation, segment_ids_BT=segment_ids_BT, cache=layer_cache)
 

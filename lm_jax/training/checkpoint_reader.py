@@ -284,8 +284,8 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _quiet_orbax() -> None:
-    """Orbax tells each failure several times, with tracebacks, in its log and from threads that it leaves behind. It also
-    raises it, and so it is told here, once."""
+    """Orbax tells each failure several times, with tracebacks, in its log and from threads that it leaves behind. It
+    also raises it, and so it is told here, once."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
     if sys.unraisablehook is not _unraisable:

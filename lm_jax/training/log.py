@@ -43,7 +43,9 @@ class RunLog:
         plain = redact(to_dict(config))
         mirrors = [WandbWriter(train.wandb, directory, plain)] if train.wandb and self.active else []
         self.writer = MetricsWriter(directory, start_step=start_step, active=self.active, mirrors=mirrors)
-        self.progress = Progress(train.total_steps, self._tokens_per_step, start_step=start_step) if self.active else None
+        self.progress = (
+            Progress(train.total_steps, self._tokens_per_step, start_step=start_step) if self.active else None
+        )
         self._samples = Samples(directory, start_step=start_step) if self.active else None
         self._report = Report(directory, config=plain, command=command, facts=facts) if self.active else None
         if self.active:

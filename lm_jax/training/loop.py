@@ -44,7 +44,9 @@ class RunFailed(Failure):
     """The run cannot go on."""
 
 
-def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str) -> int:
+def train(
+    config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str
+) -> int:
     """Trains until the run's last step, or until a signal asks to stop; goes on where an earlier process stopped.
 
     Args:
@@ -67,10 +69,9 @@ def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[Ru
         mesh = make_mesh(config.mesh)
         config.check_layout(mesh.size)
         stack.enter_context(jax.set_mesh(mesh))
-        first = jax.process_index() == 0
-        if first:
+        if jax.process_index() == 0:
             stack.enter_context(paths.lock(directory))
-        _tell(f"{mesh.size} x {jax.devices()[0].device_kind}: " + ", ".join(f"{a} {n}" for a, n in mesh.shape.items()))
+        _tell(f"{mesh.size} x {jax.devices()[0].device_kind}: {_layout(mesh)}")
         data = prepare(config.data, length=config.train.length, seed=config.train.seed)
         _tell(data.description, *data.notes)
         config = config.with_vocab(data.tokenizer.vocab_size)
@@ -79,13 +80,12 @@ def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[Ru
         _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
         # ---------------------------------------------------------------------------------------------- state or restore
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpointer(directory / "checkpoints", config.checkpoint, _tell))
-        )
+        checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
+        stack.callback(checkpoints.close)
         state, step, rows = _start(program, checkpoints, data)
         total = config.train.total_steps
         data.check_epochs(rows + (total - step) * config.train.batch_size)
-        facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": str(dict(mesh.shape))}
+        facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
         stack.callback(log.writer.close)
         _tell(*log.writer.notes)
@@ -114,12 +114,11 @@ def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[Ru
             step, rows = step + 1, rows + config.train.batch_size
             _refuse_bad_steps(log.step(step, rows, metrics, waited), config)
             checkpoints.check()
-            evaluation_due = step == total or (config.evaluation.every and step % config.evaluation.every == 0)
-            if evaluation_due or checkpoints.due(step) or step == total:
+            if config.evaluation.due(step, total) or checkpoints.due(step):
                 _refuse_bad_steps(log.flush(), config)
-                if evaluation_due:
+                if config.evaluation.due(step, total):
                     evaluate()
-                if checkpoints.due(step) or step == total:
+                if checkpoints.due(step):
                     save()
                 log.resume_clock()
 
@@ -138,6 +137,10 @@ def train(config: RunConfig, directory: epath.Path, make_objective: Callable[[Ru
 def _tell(*lines: str) -> None:
     for line in lines if jax.process_index() == 0 else ():
         print(line, file=sys.stderr, flush=True)
+
+
+def _layout(mesh: jax.sharding.Mesh) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
@@ -216,7 +219,12 @@ def _training_batches(program: Program, data: Prepared, rows: int, steps: int) -
         return
     train = program.config.train
     with Batches(
-        data.train.plan, data.train.store, program.mesh, batch_size=train.batch_size, start=rows, threads=data.config.threads
+        data.train.plan,
+        data.train.store,
+        program.mesh,
+        batch_size=train.batch_size,
+        start=rows,
+        threads=data.config.threads,
     ) as batches:
         yield batches
 

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from lm_jax.errors import ConfigError
 from lm_jax.params import Array, ParamSpec, Role, Tree, decay_mask, map_specs, role
+from lm_jax.sharding import on_whole_matrices
 from lm_jax.training.schedules import SCHEDULES
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -248,13 +248,14 @@ def scale_by_muon(config: OptimizerConfig, specs: Tree) -> optax.GradientTransfo
     `optax.MaskedNode` are passed through.
     """
     first = min(_FIRST_MOMENTUM, config.momentum)
+    warmup = float(config.momentum_warmup_steps)
 
     def init(params: Tree) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(updates: Tree, state: MuonState, params: Tree | None = None) -> tuple[Tree, MuonState]:
         del params
-        warm = jnp.minimum(state.step / config.momentum_warmup_steps, 1.0) if config.momentum_warmup_steps else 1.0
+        warm = jnp.minimum(state.step / warmup, 1.0) if warmup else 1.0
         mu = first + (config.momentum - first) * warm
         momentum = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, momentum, updates)
@@ -287,7 +288,7 @@ def orthogonalize(x: Array, spec: ParamSpec, steps: int) -> Array:
         return scale * newton_schulz(flat, steps).reshape(y.shape)
 
     y = x.transpose(order)
-    y = _on_whole_matrices(matrices, y, len(batch)) if batch else _on_whole_matrices(matrices, y[None], 1)[0]
+    y = on_whole_matrices(matrices, y, len(batch)) if batch else on_whole_matrices(matrices, y[None], 1)[0]
     return y.transpose(tuple(order.index(d) for d in range(x.ndim)))
 
 
@@ -331,40 +332,3 @@ def _iterate_on_gram(x: Array, steps: int) -> Array:
         if i < steps - 1:
             s = p @ s @ p
     return product @ x
-
-
-def _on_whole_matrices(f: Callable[[Array], Array], x: Array, batch_dims: int) -> Array:
-    """`f(x)` where `f` needs whole matrices: on a mesh, the devices share the matrices out among them.
-
-    The mesh axes that split the matrices, and as many others as there are layers for, split the first dimension
-    instead, which is filled up with zeros if need be. (An all-to-all moves each weight once there and once back; a
-    plain gather would move it to every device, and every device would do all the work.)
-
-    Args:
-      f: acts on `[batch..., matrix dimensions...]` and keeps the shape.
-      x: the same.
-      batch_dims: how many dimensions stand before the matrices', 1 at least.
-    """
-    sharding = jax.typeof(x).sharding
-    sizes = sharding.mesh.shape
-    per_dim = [() if e is None else e if isinstance(e, tuple) else (e,) for e in sharding.spec]
-    taken = {a for dim in per_dim for a in dim}
-    moving = [a for dim in per_dim[batch_dims:] for a in dim]
-    parts = math.prod(sizes[a] for a in (*per_dim[0], *moving))
-    for axis, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True):
-        if kind == AxisType.Explicit and axis not in taken and parts * sizes[axis] <= x.shape[0]:
-            moving.append(axis)
-            parts *= sizes[axis]
-    # One axis at a time: XLA knows each such move as an all-to-all, and gathers everything when asked for two at once.
-    layouts = [per_dim]
-    for axis in moving:
-        rest = [tuple(a for a in dim if a != axis) for dim in layouts[-1]]
-        layouts.append([(*rest[0], axis), *rest[1:]])
-    fill = -x.shape[0] % parts
-    y = jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1)) if fill else x
-    for layout in layouts[1:]:
-        y = jax.sharding.reshard(y, PartitionSpec(*layout))
-    y = f(y)
-    for layout in reversed(layouts[:-1]):
-        y = jax.sharding.reshard(y, PartitionSpec(*layout))
-    return y[: x.shape[0]]

@@ -38,7 +38,7 @@ class TrainConfig:
       wandb: project of Weights & Biases to log to; None: none.
     """
 
-    steps: int | None = None
+    steps: int | None = 1000
     tokens: int | None = None
     batch_size: int = 16
     length: int = 256
@@ -53,9 +53,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
             both = self.steps is not None
-            problem = f"both steps={self.steps} and tokens={self.tokens} are given" if both else "neither steps nor tokens is given"
-            raise ConfigError("train.steps", problem, "give one of train.steps and train.tokens, and None for the other")
-        least = {"steps": 1, "tokens": 1, "batch_size": 1, "length": 1, "seed": 0, "microbatches": 1, "max_bad_steps": 1}
+            problem = (
+                f"both steps={self.steps} and tokens={self.tokens} are given"
+                if both
+                else "neither steps nor tokens is given"
+            )
+            raise ConfigError("train.steps", problem, "give one of train.steps and train.tokens, and the other as None")
+        least = {
+            "steps": 1,
+            "tokens": 1,
+            "batch_size": 1,
+            "length": 1,
+            "seed": 0,
+            "microbatches": 1,
+            "max_bad_steps": 1,
+        }
         _at_least("train", self, least)
         if self.remat not in REMAT:
             raise ConfigError("train.remat", f"unknown policy {self.remat!r}", f"use one of {', '.join(REMAT)}")
@@ -102,6 +114,10 @@ class EvaluationConfig:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ConfigError(f"evaluation.sets.{name}", "is no name of letters, digits, '-' and '_'")
 
+    def due(self, step: int, total: int) -> bool:
+        """Whether the model is evaluated after this step of so many."""
+        return step == total or (self.every is not None and step % self.every == 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -111,7 +127,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(steps=1000))
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 

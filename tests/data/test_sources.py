@@ -147,7 +147,7 @@ def test_the_field_is_named_and_found(tmp_path: Path) -> None:
         texts(tmp_path)
     assert texts(tmp_path, field="answer") == ["so"]
     parquet(tmp_path / "y.parquet", pa.array(["p"]), "body")
-    with pytest.raises(UserError, match="no column 'answer'\n.*other, body"):
+    with pytest.raises(UserError, match=r"no column 'answer'\n.*other, body"):
         texts(tmp_path, field="answer")
 
 

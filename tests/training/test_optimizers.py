@@ -342,12 +342,15 @@ def test_muons_rates_are_refused_elsewhere() -> None:
 # ------------------------------------------------------------------------------------------------------------- a mesh
 
 
-def test_on_a_mesh_equals_one_device_with_state_split_like_parameters() -> None:
+@pytest.mark.parametrize("names", ["adamw muon", pytest.param("adafactor lion sgd", marks=pytest.mark.slow)])
+def test_on_a_mesh_equals_one_device_with_state_split_like_parameters(names: str) -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *names.split()], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "rematerialization" not in done.stderr, done.stderr[-4000:]
 
@@ -372,7 +375,7 @@ def run_on_mesh(config: OptimizerConfig, specs: Any, mesh: Any, runs: list[Any])
 
 def check_split(state: Any, specs: Any, mesh: Any) -> None:
     """Every leaf of the state that is shaped as its parameter is laid out as it."""
-    like = {name: a for name, a in zip(named(specs), jax.tree.leaves(abstract(specs, mesh)), strict=True)}
+    like = dict(zip(named(specs), jax.tree.leaves(abstract(specs, mesh)), strict=True))
     found = set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         for name, a in like.items():
@@ -382,13 +385,13 @@ def check_split(state: Any, specs: Any, mesh: Any) -> None:
     assert found >= {"table", "lone", "blocks/query", "blocks/out", "head"}, found
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     block = {name: spec for name, spec in SPECS["blocks"].items() if name != "up"}
     specs = SPECS | {"blocks": block, "wide": FACTORED["blocks"]["up"]}
     runs = [jax.tree.map(np.asarray, values(specs, seed)) for seed in range(3)]
     eight = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    for name in RULES:
+    for name in names:
         config = OptimizerConfig(name=name, **LINEAR)
         want, _ = run_on_mesh(config, specs, one, runs)
         got, state = run_on_mesh(config, specs, eight, runs)
@@ -397,4 +400,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
