@@ -39,7 +39,8 @@ def main() -> int:
         ids = ([] if boundary is None else [boundary]) + model.tokenizer.encode(PROMPT.value).tolist()
         if not ids:
             raise UserError(
-                "--prompt is empty, and this model's tokenizer has no token for the beginning of a document\ngive a prompt"
+                "--prompt is empty, and this model's tokenizer has no token for the beginning of a document\n"
+                "give a prompt"
             )
         (tokens,) = generate(
             model.params,

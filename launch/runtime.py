@@ -1,9 +1,10 @@
-"""What every launcher that computes does first: devices of this machine, other processes of the job, the compilation cache."""
+"""What every launcher that computes does first: devices of this machine, other processes of the job, the compilation
+cache."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -12,6 +13,7 @@ from lm_jax.errors import UserError
 if TYPE_CHECKING:
     from lm_jax.training.run import RunConfig
 
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 _PEER_SILENT_SECONDS = 30  # a peer that says nothing for so long has died
 
 
@@ -32,7 +34,7 @@ def start(values: flags.FlagValues, config: RunConfig) -> None:
     """
     import jax
 
-    given = {name: values[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    given: dict[str, Any] = {name: values[name].value for name in _PROCESS_FLAGS}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise UserError(f"--{missing[0]} is missing: coordinator_address, num_processes and process_id go together")
@@ -51,9 +53,9 @@ def start(values: flags.FlagValues, config: RunConfig) -> None:
 def cpu_devices(config: RunConfig, processes: int = 1) -> int:
     """How many devices JAX is to make of this machine's cores, where there is nothing better.
 
-    One device a core, each with its own rows, is faster than one device with all cores: between products with weights most of a
-    step runs on one thread. (13.9M parameters on two cores: by a tenth; 0.8M: by a quarter.) Fewer where the batch does not
-    divide, and as many as the mesh names where it leaves none open.
+    One device a core, each with its own rows, is faster than one device with all cores: between products with weights
+    most of a step runs on one thread. (13.9M parameters on two cores: by a tenth; 0.8M: by a quarter.) Fewer where the
+    batch does not divide, and as many as the mesh names where it leaves none open.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)

@@ -1,12 +1,10 @@
 """Trains a model: `python -m launch.train --config=configs/tiny.py --workdir=runs/tiny`.
 
-The same command goes on where an earlier process stopped. Exit status: 0 finished, 2 the user's mistake or a model that does not
-fit, 75 saved and not finished (start me again), 1 anything else.
+The same command goes on where an earlier process stopped. Exit status: 0 finished, 2 the user's mistake or a model that
+does not fit, 75 saved and not finished (start me again), 1 anything else.
 """
 
 from __future__ import annotations
-
-import sys
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -30,10 +28,11 @@ def main(config: ConfigDict) -> int:
     runtime.start(FLAGS, run)
 
     from lm_jax.objectives.next_token import next_token
+    from lm_jax.objectives.objective import Objective
     from lm_jax.training.loop import train
     from lm_jax.training.report import command_line
 
-    def objective(c: RunConfig):  # type: ignore[no-untyped-def]
+    def objective(c: RunConfig) -> Objective:
         return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat)
 
     return train(run, directory, objective, command_line())

@@ -1,7 +1,7 @@
 """Errors that speak to the user.
 
-Launchers show these as their message alone, without a traceback: a `UserError` with exit status 2, a `Failure` with exit status 1.
-Anything else is a fault of this project and keeps its traceback.
+Launchers show these as their message alone, without a traceback: a `UserError` with exit status 2, a `Failure` with
+exit status 1. Anything else is a fault of this project and keeps its traceback.
 """
 
 
@@ -19,4 +19,5 @@ class ConfigError(UserError):
 
 
 class Failure(Exception):
-    """What was asked for is possible, and could not be done: a full disk, a loss that is not finite. The message says why."""
+    """What was asked for is possible, and could not be done: a full disk, a loss that is not finite. The message says
+    why."""

@@ -1,9 +1,9 @@
 """Parameters, declared once.
 
 A module declares each of its parameters as a `ParamSpec` beside the function that uses it. Everything else that is
-known about parameters is derived from that declaration, here: initial values, abstract shapes, counts, weight-decay masks, roles
-(which optimizer rule applies), fan-in, and names. A tree of parameters is a nested dict of arrays; its specs are the
-same nested dict of `ParamSpec`s.
+known about parameters is derived from that declaration, here: initial values, abstract shapes, counts, weight-decay
+masks, roles (which optimizer rule applies), fan-in, and names. A tree of parameters is a nested dict of arrays; its
+specs are the same nested dict of `ParamSpec`s.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def decay_mask(specs: Tree) -> Tree:
 
 
 def role(spec: ParamSpec) -> Role:
-    """What a parameter is to an optimizer: looked up, the output's projection, a weight matrix, or a vector of gains."""
+    """What a parameter is to an optimizer: looked up, the output's projection, a weight matrix, or a vector of
+    gains."""
     s = unstacked(spec)
     if len(s.shape) < 2:
         return "vector"

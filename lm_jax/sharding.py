@@ -1,8 +1,8 @@
 """One mesh, one table.
 
-The mesh always has the four axes of `AXES`, all of `AxisType.Explicit`, and axes of size 1 stay, so that a layout's errors show
-on a laptop. `TABLE` says which mesh axes a logical name is split over. A weight's names and an activation's are
-different names (`embed` of a weight goes to fsdp; `features` of the residual stream do not). No other file writes a
+The mesh always has the four axes of `AXES`, all of `AxisType.Explicit`, and axes of size 1 stay, so that a layout's
+errors show on a laptop. `TABLE` says which mesh axes a logical name is split over. A weight's names and an activation's
+are different names (`embed` of a weight goes to fsdp; `features` of the residual stream do not). No other file writes a
 `PartitionSpec`.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -95,7 +96,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh of a config over the devices given (all there are, if none are). Enter it with `jax.set_mesh`."""
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
-    # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled out.
+    # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled
+    # out.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
@@ -168,7 +170,8 @@ def abstract(specs: Tree, mesh: Mesh, dtype: Any = np.float32) -> Tree:
 
 
 def on_mesh(mesh: Mesh, tree: Tree) -> Tree:
-    """Abstract leaves (from `jax.eval_shape`) with shardings on this mesh, for init, restore and ahead-of-time use alike.
+    """Abstract leaves (from `jax.eval_shape`) with shardings on this mesh, for init, restore and ahead-of-time use
+    alike.
 
     Leaves of `jax.eval_shape` sit on an abstract mesh, and scalars have no sharding: those are replicated.
     """

@@ -1,17 +1,17 @@
 """Cross-entropy of a linear output layer, a chunk of rows at a time.
 
-The `B x T x V` array of logits never exists: a chunk's logits are made, used for the loss and, where gradients are wanted, for
-the gradients of the hidden states and of the output weight at once, and forgotten. So the backward pass computes nothing
-again, and the three products are all there is.
+The `B x T x V` array of logits never exists: a chunk's logits are made, used for the loss and, where gradients are
+wanted, for the gradients of the hidden states and of the output weight at once, and forgotten. So the backward pass
+computes nothing again, and the three products are all there is.
 
-It runs as one `shard_map` over the whole mesh: each device sums over its own rows and its own part of the vocabulary, and the
-sums cross the mesh once, behind the last chunk.
+It runs as one `shard_map` over the whole mesh: each device sums over its own rows and its own part of the vocabulary,
+and the sums cross the mesh once, behind the last chunk.
 
 Shapes: B batch, T length, D embed, V vocabulary (on a device: v), R rows of a chunk.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ CHUNK_BYTES = 2**25  # of float32 logits a device; large enough to keep a matrix
 
 
 class Sums(NamedTuple):
-    """Sums over the rows that count: `total` = `cross_entropy` + z_loss * `log_z_squared`. Only `total` has a gradient."""
+    """Sums over the rows that count: `total` = `cross_entropy` + z_loss * `log_z_squared`. Only `total` has a
+    gradient."""
 
     total: Array
     cross_entropy: Array
@@ -99,7 +100,8 @@ def _on_mesh(f: functools.partial, gradients: int, *arrays: Array) -> tuple[Arra
         return f(*arrays)
     x, w, rows = partition("batch", "length", None), partition(None, "vocab"), partition("batch", "length")
     out = (partition(), partition(), x, w)[: 2 + gradients]
-    # Sums over the vocabulary are made equal on its parts by psum, and those over rows likewise, in the functions below.
+    # Sums over the vocabulary are made equal on its parts by psum, and those over rows likewise, in the functions
+    # below.
     return jax.shard_map(f, in_specs=(x, w, rows, rows), out_specs=out, check_vma=False)(*arrays)
 
 
@@ -167,7 +169,7 @@ def _over_rows(static: _Static, a: Array) -> Array:
 def _local_gradients(static: _Static, x: Array, w: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
     """The two sums, and the gradients of their total for x (in its dtype) and w."""
 
-    def body(sums: tuple[Array, ...], rows: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Array]:
+    def body(sums: tuple[Array, Array, Array], rows: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         x_RD, targets_R, mask_R = rows
         c = _logits(static, x_RD, w, targets_R)
         ce, zz = _chunk_sums(static, c, mask_R)

@@ -74,7 +74,8 @@ class AttentionConfig(NormConfig, PositionConfig):
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values `[B, S, K, H]` of a layer that decoding has seen; `length` (`[B]` int32) says how many are filled."""
+    """Keys and values `[B, S, K, H]` of a layer that decoding has seen; `length` (`[B]` int32) says how many are
+    filled."""
 
     keys: Array
     values: Array

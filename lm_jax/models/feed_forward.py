@@ -20,7 +20,8 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """Attributes: the kind, the width of the residual stream, and the width inside (None: the kind's usual multiple)."""
+    """Attributes: the kind, the width of the residual stream, and the width inside (None: the kind's usual
+    multiple)."""
 
     embed: int = 256
     feed_forward: str = "swiglu"
@@ -55,7 +56,7 @@ class FeedForward(NamedTuple):
 def feed_forward_specs(c: FeedForwardConfig, out: Initializer) -> dict[str, ParamSpec]:
     """The weights going in, by name, and `down`, which starts as `out` says."""
     into = ParamSpec((c.embed, c.inner), ("embed", "feed_forward"), scaled_normal(c.embed))
-    specs = {name: into for name in FEED_FORWARDS[c.feed_forward].inputs}
+    specs = dict.fromkeys(FEED_FORWARDS[c.feed_forward].inputs, into)
     return specs | {"down": ParamSpec((c.inner, c.embed), ("feed_forward", "embed"), out)}
 
 

@@ -1,7 +1,7 @@
 """The one contraction with a weight.
 
-Every product of an activation and a weight goes through `linear`: the layout that the backend likes is decided here, and
-so will adapters, quantised weights and width multipliers be.
+Every product of an activation and a weight goes through `linear`: the layout that the backend likes is decided here,
+and so will adapters, quantised weights and width multipliers be.
 
 Shapes: B batch, T length.
 """
@@ -19,8 +19,8 @@ def linear(x: Array, w: Array, inputs: tuple[str, ...], outputs: tuple[str, ...]
     """`x` times `w`, over the dimensions named in `inputs`.
 
     Rows and features are flattened around the product wherever the length is not split: a weight's gradient then
-    contracts one dimension, and no compiler has to copy a transposed activation to get it (on CPU, plain JAX loses a third of
-    its speed to such copies). Only the first of `inputs` and of `outputs` may be split over the mesh.
+    contracts one dimension, and no compiler has to copy a transposed activation to get it (on CPU, plain JAX loses a
+    third of its speed to such copies). Only the first of `inputs` and of `outputs` may be split over the mesh.
 
     Args:
       x: `[B, T, *inputs]`.

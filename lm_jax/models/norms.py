@@ -1,7 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), with a gain or without.
 
-Both run in float32 and return the dtype that they were given. The backward pass is written by hand: it keeps the input and
-one number a row, where the traced one keeps several arrays of the input's size.
+Both run in float32 and return the dtype that they were given. The backward pass is written by hand: it keeps the input
+and one number a row, where the traced one keeps several arrays of the input's size.
 
 Shapes: D embed.
 """
@@ -21,7 +21,8 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Attributes: the kind of norm (`rms`, or `rms_no_gain` without parameters), and what is added to the mean square."""
+    """Attributes: the kind of norm (`rms`, or `rms_no_gain` without parameters), and what is added to the mean
+    square."""
 
     norm: Literal["rms", "rms_no_gain"] = "rms"
     norm_epsilon: float = 1e-6

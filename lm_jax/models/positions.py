@@ -1,7 +1,7 @@
 """Position encodings, by name.
 
-A position encoding is a `PositionEncoding`: what it prepares once for a forward pass from the positions, and how it turns a
-layer's queries and keys with that.
+A position encoding is a `PositionEncoding`: what it prepares once for a forward pass from the positions, and how it
+turns a layer's queries and keys with that.
 
 Shapes: B batch, T length, N heads, H head dim.
 """

@@ -42,8 +42,10 @@ class TransformerConfig(BlockConfig):
       embedding_std: standard deviation that the embedding starts with.
       output_init: `scaled`: output projections start at `1 / sqrt(2 layers)` of the usual size (Radford et al. 2019);
         `zero`: they and the output of an untied model start at zero, so that every block starts as the identity.
-      scan: whether the layers run as a scan (compiles once for all) or unrolled (faster on CPU); the stored layout is the same.
-      dtype: of compute; `auto`: bfloat16 on TPU and GPU, float32 on CPU. Parameters, softmax, norms and loss are float32.
+      scan: whether the layers run as a scan (compiles once for all) or unrolled (faster on CPU); the stored layout is
+        the same.
+      dtype: of compute; `auto`: bfloat16 on TPU and GPU, float32 on CPU. Parameters, softmax, norms and loss are
+        float32.
     """
 
     layers: int = 4
@@ -141,9 +143,11 @@ def hidden(
 
 
 def _embed(params: Params, tokens_BT: Array, c: TransformerConfig) -> Array:
-    """`[B, T, D]`. The table is gathered over fsdp first: a look-up in a table split over features would be rebuilt whole."""
+    """`[B, T, D]`. The table is gathered over fsdp first: a look-up in a table split over features would be rebuilt
+    whole."""
     table = constrain(params["embedding"].astype(c.compute_dtype), "vocab", None)
-    # "fill" makes an id beyond the vocabulary NaN, so that the step is refused; the default for plain indexing clamps it.
+    # "fill" makes an id beyond the vocabulary NaN, so that the step is refused; the default for plain indexing clamps
+    # it.
     return table.at[tokens_BT].get(mode="fill", out_sharding=out_sharding("batch", "length", "features"))
 
 
@@ -173,7 +177,8 @@ def output_weight(params: Params, c: TransformerConfig) -> Array:
 
 
 def logits(params: Params, x_BTD: Array, *, c: TransformerConfig) -> Array:
-    """`[B, T, V]` float32 from `hidden`'s result. Training never calls this: `kernels/cross_entropy.py` works in chunks."""
+    """`[B, T, V]` float32 from `hidden`'s result. Training never calls this: `kernels/cross_entropy.py` works in
+    chunks."""
     z = linear(x_BTD, output_weight(params, c), ("features",), ("vocab",)).astype(jnp.float32)
     return z if c.logit_soft_cap is None else c.logit_soft_cap * jnp.tanh(z / c.logit_soft_cap)
 

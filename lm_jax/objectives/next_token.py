@@ -25,7 +25,7 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
 
     def weights(batch: Batch) -> Terms:
         counted = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
-        return {name: counted for name in names}
+        return dict.fromkeys(names, counted)
 
     def terms(params: Any, frozen: Any, extra: Any, batch: Batch, key: Array) -> tuple[Terms, Any]:
         del frozen, key

@@ -1,8 +1,8 @@
 """What a run minimises, as two functions.
 
-`weights(batch)`: the denominators of the objective's terms, from the batch alone. `terms(...)`: the sums of its terms on a
-micro-batch. The step divides by the weights of the whole global batch, so accumulation over micro-batches and uneven masks are
-exact on any layout.
+`weights(batch)`: the denominators of the objective's terms, from the batch alone. `terms(...)`: the sums of its terms
+on a micro-batch. The step divides by the weights of the whole global batch, so accumulation over micro-batches and
+uneven masks are exact on any layout.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ Terms = dict[str, Array]
 
 
 class Objective(NamedTuple):
-    """What the step minimises: the sum over terms of `terms / weights`, each a dict of float32 scalars by the term's name.
+    """What the step minimises: the sum over terms of `terms / weights`, each a dict of float32 scalars by the term's
+    name.
 
     `terms(params, frozen, extra, batch, key)` gives the sums and the new `extra`.
     """

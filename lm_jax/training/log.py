@@ -101,7 +101,8 @@ class RunLog:
         """Writes an evaluation.
 
         Args:
-          results: by the set's name (empty for the held-out text): the sum of its loss in nats, targets, bytes a target.
+          results: by the set's name (empty for the held-out text): the sum of its loss in nats, targets, bytes a
+            target.
         """
         values: dict[str, float] = {}
         for name, (nats, targets, bytes_per_target) in results.items():

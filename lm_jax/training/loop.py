@@ -1,7 +1,7 @@
 """The loop: read `train` from top to bottom and you have read the program.
 
-It sets up (mesh, data, program, state or restore), runs the steps (batch, step, log, evaluate, save), and ends. It is the same
-for every objective.
+It sets up (mesh, data, program, state or restore), runs the steps (batch, step, log, evaluate, save), and ends. It is
+the same for every objective.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def train(
       The exit status: `FINISHED` or `SAVED`.
 
     Raises:
-      UserError: for what the user can mend.
-      RunFailed: where too many steps in a row were not finite.
-      StorageError: where the run's files cannot be written.
+      UserError: for what the user can mend; Failure: where the run cannot go on (its numbers, or its storage).
     """
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------------------------ set-up
@@ -79,7 +77,8 @@ def train(
         program = make_program(config, mesh, make_objective(config))
         _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
-        # ---------------------------------------------------------------------------------------------- state or restore
+        # ---------------------------------------------------------------------------------------------- state or
+        # restore
         checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
         stack.callback(checkpoints.close)
         state, step, rows = _start(program, checkpoints, data)
@@ -236,13 +235,14 @@ def _refuse_bad_steps(bad: int, config: RunConfig) -> None:
     if bad >= config.train.max_bad_steps:
         raise RunFailed(
             f"{bad} steps in a row had a loss or gradient that is not finite; none of them was applied\n"
-            "try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm; the last "
-            "checkpoint is whole (train.max_bad_steps)"
+            "try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm\n"
+            "the last checkpoint is whole; train.max_bad_steps says how many are borne"
         )
 
 
 def _evaluate(program: Program, state: TrainState, sets: dict[str, TextSet]) -> dict[str, tuple[float, int, float]]:
-    """The sum of the loss, the targets and the bytes a target of every set, on the averaged weights where there are any."""
+    """The sum of the loss, the targets and the bytes a target of every set, on the averaged weights where there are
+    any."""
     config, results = program.config, {}
     params = state.params if state.ema is None else state.ema
     for name, text in sets.items():

@@ -1,4 +1,5 @@
-"""What a config compiles to: the mesh's state, the step and the evaluation, for whoever runs, times or inspects them."""
+"""What a config compiles to: the mesh's state, the step and the evaluation, for whoever runs, times or inspects
+them."""
 
 import dataclasses
 from collections.abc import Callable

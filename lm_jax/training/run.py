@@ -33,7 +33,8 @@ class TrainConfig:
       microbatches: into how many parts a step's rows are cut; changes memory and nothing else.
       remat: what the backward pass computes again instead of keeping: `none`, `dots`, `attention` or `full`.
       z_loss: weight of `log(Z)^2` in the loss; 0: none.
-      max_bad_steps: the run ends after so many steps in a row whose loss or gradient was not finite; none of them is applied.
+      max_bad_steps: the run ends after so many steps in a row whose loss or gradient was not finite; none of them is
+        applied.
       init_from: another run's folder, whose weights this one starts from; None: fresh weights.
       wandb: project of Weights & Biases to log to; None: none.
     """
@@ -95,7 +96,8 @@ class EvaluationConfig:
     """The section `evaluation`.
 
     Attributes:
-      every: steps between evaluations; there is always one before the first step and one after the last. None: only those.
+      every: steps between evaluations; there is always one before the first step and one after the last. None: only
+        those.
       batches: batches of each set; None: all of it.
       sets: further texts to evaluate on, by name (a source as in `data.source`).
       prompt: what the samples along the way continue; None: no samples. Empty: the beginning of a document.

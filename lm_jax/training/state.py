@@ -13,8 +13,7 @@ from lm_jax.sharding import abstract, on_mesh
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The state of a run.
 
     Attributes:
@@ -43,7 +42,8 @@ class TrainState:
 def abstract_state(
     specs: Tree, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, ema: bool = False
 ) -> TrainState:
-    """The state as shapes, dtypes and shardings: the optimizer's state is laid out as the parameters that it is made from."""
+    """The state as shapes, dtypes and shardings: the optimizer's state is laid out as the parameters that it is made
+    from."""
     params = abstract(specs, mesh)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda p: _state(p, optimizer, jax.random.key(0), ema), params)

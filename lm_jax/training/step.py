@@ -1,4 +1,5 @@
-"""The training step: gradients, accumulation, clipping, guard, update. One jitted, donated function for every objective."""
+"""The training step: gradients, accumulation, clipping, guard, update. One jitted, donated function for every
+objective."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +28,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    The gradient is that of the sum of the objective's terms, each over its weight in the whole batch; micro-batches change memory
-    and nothing else. A step whose loss or gradient is not finite changes neither parameters nor optimizer state, bit for bit, and is
-    counted in `bad_steps`.
+    The gradient is that of the sum of the objective's terms, each over its weight in the whole batch; micro-batches
+    change memory and nothing else. A step whose loss or gradient is not finite changes neither parameters nor optimizer
+    state, bit for bit, and is counted in `bad_steps`.
 
     Args:
       objective: what is minimised.

@@ -18,7 +18,8 @@ from lm_jax.training.run import RunConfig
 
 
 class Trained(NamedTuple):
-    """A run's config, its tokenizer, its weights (the averaged ones where the run keeps them) and the steps behind them."""
+    """A run's config, its tokenizer, its weights (the averaged ones where the run keeps them) and the steps behind
+    them."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -27,7 +28,8 @@ class Trained(NamedTuple):
 
 
 def load_trained(directory: epath.Path, mesh: jax.sharding.Mesh, *, step: int | None = None) -> Trained:
-    """The newest good checkpoint of a run, or that of a step, verified. Nothing else of the run is needed: no source, no cache.
+    """The newest good checkpoint of a run, or that of a step, verified. Nothing else of the run is needed: no source,
+    no cache.
 
     Raises:
       UserError: where there is none.

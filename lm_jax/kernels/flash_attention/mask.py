@@ -18,10 +18,11 @@ class AttentionMask:
 
     Attributes:
       causal: a query sees no key behind its own position.
-      q_segment_ids: `[B, T]` int32; equal ids see each other, 0 is an id like any other, a negative id is padding, which sees
-        nothing and gives zeros.
+      q_segment_ids: `[B, T]` int32; equal ids see each other, 0 is an id like any other, a negative id is padding,
+        which sees nothing and gives zeros.
       kv_segment_ids: `[B, S]`; given together with `q_segment_ids`.
-      q_offset: where query 0 stands among the keys (query `t` stands at `q_offset + t`), a scalar or `[B]`; may be traced.
+      q_offset: where query 0 stands among the keys (query `t` stands at `q_offset + t`), a scalar or `[B]`; may be
+        traced.
       kv_length: how many keys there are, a scalar or `[B]`; keys behind are not there. None: all of them.
     """
 

@@ -19,8 +19,8 @@ Array = jax.Array
 def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, mask: AttentionMask, scale: float | None = None) -> Array:
     """`softmax(q k^T * scale) v` over the keys that the mask lets a query see (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Heads are grouped (Ainslie et al. 2023, arXiv:2305.13245): query head `n` reads key head `n // (N / K)`. A query that sees
-    no key gives zeros.
+    Heads are grouped (Ainslie et al. 2023, arXiv:2305.13245): query head `n` reads key head `n // (N / K)`. A query
+    that sees no key gives zeros.
 
     Args:
       q_BTNH: queries; k_BSKH, v_BSKH: keys and values, all of one dtype.

@@ -1,0 +1,255 @@
+"""What a config costs: parameters, FLOPs and memory, from its model, its mesh and abstract trees; nothing runs here.
+
+One source for the rate of use of a chip (MFU), for what a machine must have, and for the numbers that configs state.
+
+Shapes: B rows, T length, D embed, V vocabulary (on a device: v).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from lm_jax.kernels.cross_entropy import CHUNK_BYTES
+from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
+from lm_jax.params import Tree, named, role
+from lm_jax.sharding import AXES, MeshConfig, abstract, partition
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+_PARTS = {"attention": "attention", "feed_forward": "feed_forward", "output": "output", "embedding": "embedding"}
+
+
+def parameters(c: TransformerConfig) -> dict[str, int]:
+    """How many numbers the parameters hold: by part, `total`, and `without_embedding` (all but the look-up table).
+
+    A tied table is the output projection as well, so there `without_embedding` leaves nothing of it (Kaplan et al.
+    2020, arXiv:2001.08361, count so); `flops_per_token` counts the projection all the same.
+    """
+    counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
+    for name, spec in named(transformer_specs(c)).items():
+        counts[_part(name)] += math.prod(spec.shape)
+    total = sum(counts.values())
+    return counts | {"total": total, "without_embedding": total - counts["embedding"]}
+
+
+def _part(name: str) -> str:
+    parts = name.split("/")
+    if any(part.endswith("norm") for part in parts):
+        return "norms"
+    return next(part for part in parts if part in _PARTS)
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops_per_token(c: TransformerConfig, length: int, *, causal: bool = True) -> float:
+    """Training FLOPs a token: three times the forward pass, which spends 2 for each weight of a matrix and for
+    attention 2 for each feature, head and pair of positions, on scores and on values (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). What remat computes again does not count.
+
+    Args:
+      c: the model, its vocabulary given.
+      length: tokens of a row.
+      causal: a position sees itself and those before it, (length + 1) / 2 on average. False: all of them, as published
+        rates of use often count. Rows of several documents see less; that is not counted.
+    """
+    specs = named(transformer_specs(c)).values()
+    weights = sum(math.prod(s.shape) for s in specs if role(s) in ("matrix", "head"))
+    if c.tied:
+        weights += c.ids * c.embed
+    seen = (length + 1) / 2 if causal else length
+    attention = c.layers * 2 * 2 * c.heads * c.head_size * seen
+    return 3.0 * (2 * weights + attention)
+
+
+def training_flops(c: TransformerConfig, length: int, tokens: int) -> float:
+    """FLOPs of training on so many tokens in rows of `length`."""
+    return tokens * flops_per_token(c, length)
+
+
+# Dense bf16 peaks a JAX device, as their makers publish them, by how `device_kind` begins; the longer name goes first.
+# A device is a chip, but for TPU v2, v3 and 7x, where it is one of a chip's two halves.
+_PEAKS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: Any = jnp.bfloat16) -> float | None:
+    """FLOPs a second that a device can reach at most, by jax's name for it; None where no figure is published.
+
+    Args:
+      device_kind: of a `jax.Device`: `TPU v5 lite`, `NVIDIA H100 80GB HBM3`.
+      dtype: of compute. Only bfloat16 has a peak of its own: what float32 reaches depends on the precision of matmuls.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return None
+    for name in sorted(_PEAKS, key=len, reverse=True):
+        if re.match(rf"{name}(?![0-9A-Z])", device_kind):
+            return _PEAKS[name]
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of a config over so many devices that need not be there.
+
+    Raises:
+      ConfigError: where the axes do not take exactly so many.
+    """
+    sizes = tuple(config.sizes(devices).values())
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def memory(
+    c: TransformerConfig,
+    state: Tree,
+    mesh: Any,
+    *,
+    batch_size: int,
+    length: int,
+    remat: str = "none",
+    microbatches: int = 1,
+) -> dict[str, int]:
+    """Bytes that a training step needs on each device, by what they hold, and their `total`.
+
+    `parameters` and `optimizer` (all of `state` but the parameters, the average of the weights among it) are exact.
+    What the forward pass keeps is asked of JAX, layer for layer and on the mesh; what compilers make of it is
+    estimated. Against `compiled.memory_analysis()` on CPU the total is right to a quarter (a test holds that).
+
+    Args:
+      c: the model, its vocabulary given.
+      state: the state of training as shapes with shardings on the mesh: parameters, optimizer, average of the weights.
+      mesh: a `Mesh`, or the `AbstractMesh` of machines that are not here.
+      batch_size: rows of a step, over all devices.
+      length: tokens of a row.
+      remat: the policy, a name of `REMAT`.
+      microbatches: into how many parts a step's rows are cut.
+
+    Returns:
+      `parameters`, `gradients`, `optimizer`, `activations` (kept for the backward pass), `working` (what the largest
+      layer computes with: recomputed activations and temporaries, or the output's logits and gradient), `total`.
+    """
+    mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    weights = tree_bytes(abstract(transformer_specs(c), mesh))
+    shape = (batch_size // microbatches, length)
+    if not c.scan and jax.default_backend() == "cpu":
+        remat = "none"  # outside of a scan XLA for CPU finds that it is told to compute the same twice, and does not
+    with jax.sharding.use_abstract_mesh(mesh):
+        kept = _kept(c, mesh, shape, remat)
+        one_layer = dataclasses.replace(c, layers=1)
+        again = _kept(one_layer, mesh, shape, "none") if remat != "none" else 0
+        working = again + 2 * _largest(one_layer, mesh, shape)
+        output = _output(c, mesh, shape)
+    need = {
+        "parameters": weights,
+        "gradients": weights * (1 if microbatches == 1 else 2),
+        "optimizer": tree_bytes(state) - weights,
+        "activations": kept,
+        "working": max(working, output),
+    }
+    return need | {"total": sum(need.values())}
+
+
+def tree_bytes(tree: Tree) -> int:
+    """Bytes of abstract leaves on each device."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(a: Any) -> int:
+    """A device's share of an array, by its sharding; all of it where it has none."""
+    sharding = getattr(a, "sharding", None)
+    shape = a.shape if sharding is None else sharding.shard_shape(a.shape)
+    size = 8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) else np.dtype(a.dtype).itemsize
+    return math.prod(shape) * size
+
+
+def _forward(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str) -> tuple[Callable, tuple]:
+    """The forward pass up to the loss, and its abstract arguments. Scanned, so that it is traced in the time of one
+    layer."""
+    c = dataclasses.replace(c, scan=True)
+    rows = NamedSharding(mesh, partition("batch", "length", shape=shape, mesh=mesh))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+
+    def forward(params: Tree, tokens: Any, segments: Any) -> Any:
+        return hidden(params, tokens, c=c, positions_BT=tokens, segment_ids_BT=segments, remat=remat)[0]
+
+    return forward, (abstract(transformer_specs(c), mesh), ids, ids)
+
+
+def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str) -> int:
+    """Bytes on a device that the forward pass leaves for the backward pass, beside its own arguments."""
+    forward, arguments = _forward(c, mesh, shape, remat)
+
+    def residuals(params: Tree, *rest: Any) -> Any:
+        return jax.vjp(lambda p: forward(p, *rest), params)[1]  # its leaves are what it holds
+
+    jaxpr = jax.make_jaxpr(residuals)(*arguments).jaxpr
+    given = {id(v) for v in jaxpr.invars}
+    return sum(_bytes(v.aval) for v in {id(v): v for v in jaxpr.outvars if id(v) not in given}.values())
+
+
+def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
+    """Bytes on a device of the largest array that a forward and backward pass makes."""
+    forward, arguments = _forward(c, mesh, shape, "none")
+
+    def both(params: Tree, *rest: Any) -> Any:
+        y, pull = jax.vjp(lambda p: forward(p, *rest), params)
+        return pull(y)
+
+    return max(_bytes(v.aval) for v in _made(jax.make_jaxpr(both)(*arguments).jaxpr))
+
+
+def _made(jaxpr: Any) -> Iterator[Any]:
+    """Every array that a program's operations give, those of the programs inside them instead of their own."""
+    for equation in jaxpr.eqns:
+        inner = [p for p in jax.tree.leaves(list(equation.params.values())) if hasattr(p, "eqns")]
+        for program in inner:
+            yield from _made(getattr(program, "jaxpr", program))
+        if not inner:
+            yield from equation.outvars
+
+
+def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
+    """Bytes on a device of what the loss works with (`kernels/cross_entropy.py`)."""
+    v = c.ids // mesh.shape["tensor"]
+    rows = math.prod(shape) // math.prod(mesh.shape[a] for a in ("data", "fsdp", "sequence"))
+    chunk = min(rows, max(1, CHUNK_BYTES // (4 * v)))
+    item = np.dtype(c.compute_dtype).itemsize
+    logits = 3 * 4 * chunk * v  # logits, probabilities, their gradient
+    weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute
+    return logits + weight + 2 * item * rows * c.embed
