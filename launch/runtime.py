@@ -4,6 +4,8 @@ cache."""
 from __future__ import annotations
 
 import os
+import signal
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -13,6 +15,7 @@ from lm_jax.errors import UserError
 if TYPE_CHECKING:
     from lm_jax.training.run import RunConfig
 
+NOT_FINISHED = 75  # the exit status that asks to be started again
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 _PEER_SILENT_SECONDS = 30  # a peer that says nothing for so long has died
 
@@ -24,6 +27,18 @@ def define_process_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("num_processes", None, "how many processes the job has", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
+
+
+def exit_on_signals() -> None:
+    """Until a run has something to save, SIGTERM and Ctrl-C end it at once, and say so by the exit status."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        os.write(2, b"stopped while starting: the same command goes on\n")
+        os._exit(NOT_FINISHED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 def start(values: flags.FlagValues, config: RunConfig) -> None:

@@ -19,6 +19,7 @@ runtime.define_process_flags(FLAGS)
 
 
 def main(config: ConfigDict) -> int:
+    runtime.exit_on_signals()
     from lm_jax.config import build
     from lm_jax.paths import run_path
     from lm_jax.training.run import RunConfig

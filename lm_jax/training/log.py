@@ -14,10 +14,15 @@ from etils import epath
 
 from lm_jax import costs
 from lm_jax.config import redact, to_dict
+from lm_jax.errors import Failure
 from lm_jax.training.metrics import MetricsWriter, WandbWriter, evaluation_values, peak_memory_bytes, speed
 from lm_jax.training.report import Report, Samples, write_config
 from lm_jax.training.run import RunConfig
 from lm_jax.training.terminal import Progress
+
+
+class RunFailed(Failure):
+    """Too many steps in a row were not finite."""
 
 
 class RunLog:
@@ -50,6 +55,7 @@ class RunLog:
         self._report = Report(directory, config=plain, command=command, facts=facts) if self.active else None
         if self.active:
             write_config(directory, plain)
+        self._max_bad_steps = train.max_bad_steps
         self._waiting: tuple[int, int, dict[str, jax.Array], float] | None = None
         self._since = time.perf_counter()
 
@@ -58,7 +64,13 @@ class RunLog:
         if self.progress is not None:
             self.progress.say(line)
 
-    def step(self, step: int, rows: int, metrics: dict[str, jax.Array], waited: float) -> int:
+    def start(self) -> None:
+        """Says that the first step is being compiled, and starts the clock of the steps."""
+        if self.progress is not None:
+            self.progress.start()
+        self.resume_clock()
+
+    def step(self, step: int, rows: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Takes the numbers of a step that was just started, and writes those of the one before.
 
         Args:
@@ -67,17 +79,20 @@ class RunLog:
           metrics: the step's, still on the device.
           waited: seconds that the loop waited for the batch.
 
-        Returns:
-          `bad_steps` of the step before: how many in a row were not applied.
+        Raises:
+          RunFailed: see `flush`.
         """
-        bad = self.flush()
+        self.flush()
         self._waiting = (step, rows, metrics, waited)
-        return bad
 
-    def flush(self) -> int:
-        """Writes the record of the last step, once it is done; `bad_steps` of it as `step` returns it."""
+    def flush(self) -> None:
+        """Writes the record of the last step, once it is done.
+
+        Raises:
+          RunFailed: where it was the last of too many steps in a row whose loss or gradient was not finite.
+        """
         if self._waiting is None:
-            return 0
+            return
         (step, rows, on_device, waited), self._waiting = self._waiting, None
         values = jax.device_get(on_device)
         now = time.perf_counter()
@@ -91,7 +106,12 @@ class RunLog:
         self.writer.write(record)
         if self.progress is not None:
             self.progress.update(record)
-        return int(values["bad_steps"])
+        if (bad := int(values["bad_steps"])) >= self._max_bad_steps:
+            raise RunFailed(
+                f"{bad} steps in a row had a loss or gradient that is not finite; none of them was applied\n"
+                "try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm\n"
+                "the last checkpoint is whole; train.max_bad_steps says how many are borne"
+            )
 
     def resume_clock(self) -> None:
         """Leaves what has happened since the last step (an evaluation, a save) out of the next step's seconds."""

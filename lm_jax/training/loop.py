@@ -20,7 +20,7 @@ from lm_jax import paths
 from lm_jax.config import differences, redact, to_dict
 from lm_jax.data.loader import Batches
 from lm_jax.data.pipeline import Prepared, TextSet, prepare, prepare_evaluation
-from lm_jax.errors import ConfigError, Failure, UserError
+from lm_jax.errors import ConfigError, UserError
 from lm_jax.evaluation.loss import held_out_loss
 from lm_jax.generation.decode import generate
 from lm_jax.generation.sampling import SamplingConfig
@@ -40,10 +40,6 @@ from lm_jax.training.state import TrainState
 FINISHED, SAVED = 0, 75  # exit statuses: done; saved and not finished: start me again
 
 
-class RunFailed(Failure):
-    """The run cannot go on."""
-
-
 def train(
     config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str
 ) -> int:
@@ -57,13 +53,9 @@ def train(
 
     Returns:
       The exit status: `FINISHED` or `SAVED`.
-
-    Raises:
-      UserError: for what the user can mend; Failure: where the run cannot go on (its numbers, or its storage).
     """
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------------------------ set-up
-        stop = stack.enter_context(StopSignal())
         mesh = make_mesh(config.mesh)
         config.check_layout(mesh.size)
         stack.enter_context(jax.set_mesh(mesh))
@@ -77,8 +69,7 @@ def train(
         program = make_program(config, mesh, make_objective(config))
         _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
-        # ---------------------------------------------------------------------------------------------- state or
-        # restore
+        # --------------------------------------------------------------------------------------------- state or restore
         checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
         stack.callback(checkpoints.close)
         state, step, rows = _start(program, checkpoints, data)
@@ -92,7 +83,8 @@ def train(
 
         def evaluate() -> None:
             log.evaluation(step, rows, _evaluate(program, state, sets))
-            _sample(program, state, data, log, step)
+            if step > 0:
+                _sample(program, state, data, log, step)
 
         def save() -> None:
             log.writer.flush(sync=True)  # a step's record is on disk before its checkpoint commits
@@ -102,19 +94,18 @@ def train(
             evaluate()
 
         # -------------------------------------------------------------------------------------------------------- steps
-        if log.progress is not None and step < total:
-            log.progress.start()
-        log.resume_clock()
+        log.start()
+        stop = stack.enter_context(StopSignal())
         while step < total and not stop.should_stop(step):
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
             state, metrics = program.train_step(state, batch)
             step, rows = step + 1, rows + config.train.batch_size
-            _refuse_bad_steps(log.step(step, rows, metrics, waited), config)
+            log.step(step, rows, metrics, waited)
             checkpoints.check()
             if config.evaluation.due(step, total) or checkpoints.due(step):
-                _refuse_bad_steps(log.flush(), config)
+                log.flush()
                 if config.evaluation.due(step, total):
                     evaluate()
                 if checkpoints.due(step):
@@ -122,7 +113,7 @@ def train(
                 log.resume_clock()
 
         # ---------------------------------------------------------------------------------------------------------- end
-        _refuse_bad_steps(log.flush(), config)
+        log.flush()
         save()
         checkpoints.wait()
         finished = step >= total
@@ -228,16 +219,7 @@ def _training_batches(program: Program, data: Prepared, rows: int, steps: int) -
         yield batches
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
-
-
-def _refuse_bad_steps(bad: int, config: RunConfig) -> None:
-    if bad >= config.train.max_bad_steps:
-        raise RunFailed(
-            f"{bad} steps in a row had a loss or gradient that is not finite; none of them was applied\n"
-            "try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm\n"
-            "the last checkpoint is whole; train.max_bad_steps says how many are borne"
-        )
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def _evaluate(program: Program, state: TrainState, sets: dict[str, TextSet]) -> dict[str, tuple[float, int, float]]:

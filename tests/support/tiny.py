@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.models.transformer import TransformerConfig, hidden, logits, transformer_specs
-from lm_jax.params import Tree, initialize
+from lm_jax.params import ParamSpec, Tree, map_specs, role
 
 Array = jax.Array
 
@@ -23,26 +25,22 @@ def config(**changes: Any) -> TransformerConfig:
 
 
 def parameters(c: TransformerConfig, seed: int = 0) -> Tree:
-    """Initial values with noise on top, so that gains are not one and logits differ by more than rounding."""
+    """Values of a trained model's size, made without a compilation: gains are not one, projections are not small."""
+    random = np.random.default_rng(seed)
 
-    def make(key: Array) -> Tree:
-        params = initialize(transformer_specs(c), key)
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        noisy = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(structure, noisy)
+    def one(s: ParamSpec) -> Array:
+        noise = random.standard_normal(s.shape)
+        if role(s) == "vector":
+            return jnp.asarray(1 + 0.2 * noise, jnp.float32)
+        return jnp.asarray(noise * max(1, math.prod(s.shape[d] for d in s.fan_in)) ** -0.5, jnp.float32)
 
-    return jax.jit(make)(jax.random.key(seed))
+    return map_specs(one, transformer_specs(c))
 
 
-def full_logits(params: Tree, tokens: Any, c: TransformerConfig, **arguments: Any) -> Array:
+@functools.partial(jax.jit, static_argnames="c")
+def full_logits(params: Tree, tokens_BT: Any, c: TransformerConfig, **arguments: Any) -> Array:
     """`[B, T, V]` from a forward pass over everything at once."""
-
-    def forward(params: Tree, tokens: Array, arguments: dict[str, Array]) -> Array:
-        return logits(params, hidden(params, tokens, c=c, **arguments)[0], c=c)
-
-    arrays = {name: jnp.asarray(value) for name, value in arguments.items()}
-    return jax.jit(forward)(params, jnp.asarray(tokens), arrays)
+    return logits(params, hidden(params, jnp.asarray(tokens_BT), c=c, **arguments)[0], c=c)
 
 
 def batch(rows: int, length: int, vocab: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
