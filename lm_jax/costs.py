@@ -250,6 +250,6 @@ def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) ->
     rows = math.prod(shape) // math.prod(mesh.shape[a] for a in ("data", "fsdp", "sequence"))
     chunk = min(rows, max(1, CHUNK_BYTES // (4 * v)))
     item = np.dtype(c.compute_dtype).itemsize
-    logits = 3 * 4 * chunk * v  # logits, probabilities, their gradient
+    logits = 2 * 4 * chunk * v  # the logits, and the gradient that takes their place
     weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute
     return logits + weight + 2 * item * rows * c.embed

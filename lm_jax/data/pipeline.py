@@ -145,7 +145,7 @@ class Prepared:
             raise ConfigError(
                 "data.max_epochs",
                 f"the run asks for {passes:.1f} passes over the source's {plan.pairs:,} tokens; {most} are allowed",
-                f"train on {most * plan.pairs:,} tokens or fewer, name more text (data.source), or raise data.max_epochs",
+                f"train on {most * plan.pairs:,} tokens or fewer, add text (data.source), or raise data.max_epochs",
             )
 
 

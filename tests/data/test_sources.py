@@ -32,9 +32,8 @@ def parquet(path: Path, values: pa.Array, name: str = "text") -> Path:
 def test_nothing_about_a_text_changes(tmp_path: Path) -> None:
     text = "\ufeff a\r\nb\rc\n\n\t \x0b\x0c\x85\u2028 \0 \U0001f600 e\u0301 "
     (tmp_path / "a.txt").write_bytes(text.encode())
-    (tmp_path / "b.jsonl").write_text(
-        "\ufeff" +
-        json.dumps({"text": text}) + "\r\n" + json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "b.jsonl").write_text(  # a mark at the start of such a file is no part of a text
+        "\ufeff" + json.dumps({"text": text}) + "\r\n" + json.dumps({"text": text}, ensure_ascii=False)
     )
     parquet(tmp_path / "c.parquet", pa.array([text]))
     assert texts(tmp_path) == [text] * 4
