@@ -16,6 +16,27 @@ def base() -> ConfigDict:
     return defaults(RunConfig)
 
 
+def pretraining(tokens: int) -> ConfigDict:
+    """`base` with what the pre-training of a model of 100 million parameters or more has in common.
+
+    Llama's vocabulary size and epsilon (Touvron et al. 2023, arXiv:2302.13971); each block computed again in the backward
+    pass, because plain attention would keep `heads x length x length` numbers a layer and row.
+    """
+    config = base()
+    config.model.vocab = 32_000
+    config.model.norm_epsilon = 1e-5
+    config.data.vocab_size = 32_000
+    config.train.steps = None
+    config.train.tokens = tokens
+    config.train.length = 2048
+    config.train.remat = "full"
+    config.optimizer.warmup_steps = 2000
+    config.checkpoint.every = 1000
+    config.evaluation.every = 1000
+    config.evaluation.batches = 32
+    return config
+
+
 def vary(config: ConfigDict, variant: str, variants: Mapping[str, Callable[[ConfigDict], None]]) -> ConfigDict:
     """`config` changed by the variant of that name; as it is for the empty name.
 

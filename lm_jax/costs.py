@@ -198,7 +198,7 @@ def _bytes(a: Any) -> int:
     return math.prod(shape) * size
 
 
-def _forward(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str) -> tuple[Callable, tuple]:
+def _forward(c: TransformerConfig, mesh: Any, shape: tuple[int, int], remat: str) -> tuple[Callable, tuple]:
     """The forward pass up to the loss, and its abstract arguments. Scanned, so that it is traced in the time of one
     layer."""
     c = dataclasses.replace(c, scan=True)
@@ -253,3 +253,126 @@ def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) ->
     logits = 2 * 4 * chunk * v  # the logits, and the gradient that takes their place
     weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute
     return logits + weight + 2 * item * rows * c.embed
+
+
+# -------------------------------------------------------------------------------------------- what is there, what fits
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that a device of this process can hold; None where it does not say.
+
+    An accelerator tells its own limit. The devices of a host's CPU share what the machine (or the container that the
+    process runs in) has left.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    available = host_memory()
+    return None if available is None else available // jax.local_device_count(backend="cpu")
+
+
+def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this machine has left: the kernel's estimate, or what the control groups around this process
+    leave of their limits, where that is less. All of it where no estimate is given, None where nothing is known."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(proc / "meminfo"))
+    if found is None:
+        names = getattr(os, "sysconf_names", {})
+        known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    left = [int(found[1]) * 1024]
+    own = re.search(r"^0::/(.*)$", _text(proc / "self" / "cgroup"), re.MULTILINE)  # version 2 of control groups
+    group = cgroups / (own[1] if own else "")
+    for directory in (group, *group.parents):
+        limit, used = _text(directory / "memory.max"), _text(directory / "memory.current")
+        if limit.strip().isdigit() and used.strip().isdigit():
+            cached = re.search(r"^inactive_file (\d+)", _text(directory / "memory.stat"), re.MULTILINE)
+            left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))  # files' pages are given up at need
+        if directory == cgroups:
+            break
+    return max(0, min(left))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def shortage(need: Mapping[str, int], available: int) -> str | None:
+    """What a device needs and what is there, in one line; None where it fits.
+
+    Args:
+      need: of `memory`.
+      available: of `device_memory`.
+    """
+    if need["total"] <= available:
+        return None
+    parts = ", ".join(f"{name} {amount(size)}" for name, size in need.items() if name != "total")
+    return f"a device needs {amount(need['total'])} ({parts}), and {amount(available)} are there"
+
+
+def amount(size: int) -> str:
+    """Bytes for a person: `1.50 GB`."""
+    unit, name = next(((u, n) for u, n in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")) if size >= u), (10**3, "kB"))
+    return f"{size / unit:.3g} {name}"
+
+
+def suggest(
+    c: TransformerConfig,
+    make_state: Callable[[AbstractMesh], Tree],
+    config: MeshConfig,
+    devices: int,
+    available: int,
+    *,
+    batch_size: int,
+    length: int,
+    remat: str,
+    microbatches: int,
+) -> dict[str, Any] | None:
+    """The nearest setting of the same model and batch that fits, as the config's keys to change; None where none does.
+
+    Nearest is what changes least: the mesh as it is, then weights split over more and more devices (`mesh.fsdp`); on
+    each mesh remat as it is, then full with as few micro-batches as will do.
+
+    Args:
+      c: the model, its vocabulary given.
+      make_state: the abstract state of training on a mesh.
+      config: the mesh that did not fit.
+      devices: how many there are.
+      available: bytes on each device.
+      batch_size, length, remat, microbatches: as of `memory`.
+    """
+    for mesh_config, mesh_keys in _meshes(config, devices):
+        mesh = abstract_mesh(mesh_config, devices)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
+        if batch_size % parts or c.embed % mesh.shape["fsdp"]:
+            continue
+        state = make_state(mesh)
+        if (
+            tree_bytes(state) + tree_bytes(abstract(transformer_specs(c), mesh)) > available
+        ):  # before anything is traced
+            continue
+        rows = batch_size // parts  # of a micro-batch on a device
+        finer = [k for k in range(1, rows + 1) if rows % k == 0]
+
+        def total(remat: str, times: int, mesh: AbstractMesh = mesh, state: Tree = state) -> int:
+            cut = {"batch_size": batch_size, "length": length, "microbatches": microbatches * times}
+            return memory(c, state, mesh, remat=remat, **cut)["total"]
+
+        settings = [(remat, 1), *(("full", k) for k in finer)]
+        best = next((setting for setting in settings if total(*setting) <= available), None)
+        if best is not None:
+            keys = mesh_keys | ({"train.remat": best[0]} if best[0] != remat else {})
+            return keys | ({"train.microbatches": microbatches * best[1]} if best[1] > 1 else {})
+    return None
+
+
+def _meshes(config: MeshConfig, devices: int) -> Iterator[tuple[MeshConfig, dict[str, Any]]]:
+    """The mesh as it is, then those with a larger `fsdp` at the cost of `data`, with the keys that make them."""
+    yield config, {}
+    sizes = config.sizes(devices)
+    rows = sizes["data"] * sizes["fsdp"]
+    for fsdp in range(sizes["fsdp"] + 1, rows + 1):
+        if rows % fsdp == 0:
+            keys = {"data": rows // fsdp, "fsdp": fsdp}
+            yield dataclasses.replace(config, **keys), {f"mesh.{axis}": size for axis, size in keys.items()}

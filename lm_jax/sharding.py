@@ -152,6 +152,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def platform() -> str:
+    """What the devices of the current mesh are (`cpu`, `tpu`, `gpu`, ...), also where they are only described; without a
+    mesh, the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def axis_size(axis: str) -> int:
     """How many parts the current mesh has along an axis; 1 where no mesh is entered."""
     mesh = jax.sharding.get_abstract_mesh()

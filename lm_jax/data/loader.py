@@ -81,7 +81,12 @@ class Batches(Iterator[dict[str, jax.Array]]):
         source = _Rows(plan, store, batch_size, start, stop, self._needed)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)
         self._source = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-        self._queue: queue.Queue[Any] = queue.Queue(READY)
+        # Two queues in C rather than one with a bound in Python: whoever holds that one's lock may have to wait for the
+        # interpreter, and the loop with it.
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(READY):
+            self._places.put(None)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="batches", daemon=True)
         self._thread.start()
@@ -89,22 +94,20 @@ class Batches(Iterator[dict[str, jax.Array]]):
     def __next__(self) -> dict[str, jax.Array]:
         if self._closed.is_set():
             raise StopIteration
-        item = self._queue.get()
+        item = self._ready.get()
         if item is _END or isinstance(item, BaseException):
             self.close()
             if isinstance(item, BaseException):
                 raise item
             raise StopIteration
+        self._places.put(None)
         return item
 
     def close(self) -> None:
         """Stops the threads. Batches that were handed out stay good."""
         self._closed.set()
-        while self._thread.is_alive():
-            try:  # a thread that waits for a place in the queue gets one, and sees that it is to end
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
+        self._places.put(None)  # the thread may be waiting for one
+        self._thread.join()
 
     def __enter__(self) -> Batches:
         return self
@@ -118,12 +121,13 @@ class Batches(Iterator[dict[str, jax.Array]]):
         """Takes batches from grain's threads, puts them on the devices, and keeps `READY` of them waiting."""
         try:
             for rows in self._source:
-                self._queue.put(self._on_devices(rows))
+                self._places.get()
                 if self._closed.is_set():
                     break
-            self._queue.put(_END)
+                self._ready.put(self._on_devices(rows))
+            self._ready.put(_END)
         except BaseException as error:  # whoever takes the next batch raises it
-            self._queue.put(error)
+            self._ready.put(error)
         finally:
             self._source.close()
 

@@ -16,7 +16,7 @@ from lm_jax.models.linear import linear
 from lm_jax.models.norms import norm, norm_specs
 from lm_jax.models.positions import POSITIONS
 from lm_jax.params import Normal, ParamSpec, map_specs, scaled_normal, stack, unstacked, zeros
-from lm_jax.sharding import constrain, gather_weights, out_sharding
+from lm_jax.sharding import constrain, gather_weights, out_sharding, platform
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -80,9 +80,9 @@ class TransformerConfig(BlockConfig):
 
     @property
     def compute_dtype(self) -> Any:
-        """The dtype of compute; where `auto`, that of the backend at hand."""
+        """The dtype of compute; where `auto`, what the current mesh's devices are best at."""
         if self.dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            return jnp.float32 if platform() == "cpu" else jnp.bfloat16
         return DTYPES[self.dtype]
 
 

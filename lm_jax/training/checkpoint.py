@@ -9,6 +9,7 @@ processes every method is called by all of them, in the same order; the first pr
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -193,7 +194,7 @@ class Checkpointer(CheckpointReader):
         """What to raise for a failed save: a StorageError in one line where the storage is the reason."""
         if isinstance(cause, StorageError):
             return cause
-        if isinstance(cause, OSError) or "os_error_code" in str(cause) or isinstance(cause, ValueError):
+        if isinstance(cause, OSError) or re.match(r"[A-Z_]{4,}: ", str(cause)):  # tensorstore begins with a status
             return StorageError(f"cannot save checkpoint {step} in {self.directory}: {reason(cause)}")
         return cause
 

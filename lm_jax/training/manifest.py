@@ -7,6 +7,7 @@ told). Both are JSON, sealed with a checksum.
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -40,16 +41,20 @@ def is_key(leaf: Any) -> bool:
 
 def implementation(leaf: Any) -> str:
     """The name of the PRNG that a leaf's keys belong to (`threefry2x32`, `rbg`, ...); empty for other leaves."""
-    if not is_key(leaf):
-        return ""
+    return _key_data(leaf.dtype)[0] if is_key(leaf) else ""
+
+
+@functools.cache
+def _key_data(dtype: Any) -> tuple[str, tuple[int, ...], str]:
+    """Of a key dtype: its PRNG, and the shape and dtype of one key's data."""
     found: list[str] = []
 
-    def look(keys: Array) -> Array:  # abstract keys tell it under a trace only
-        found.append(str(jax.random.key_impl(keys)))
-        return jax.random.key_data(keys)
+    def look(key: Array) -> Array:  # abstract keys tell it under a trace only
+        found.append(str(jax.random.key_impl(key)))
+        return jax.random.key_data(key)
 
-    jax.eval_shape(look, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return found[0]
+    data = jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
+    return found[0], data.shape, str(data.dtype)
 
 
 def named_leaves(tree: Tree) -> Leaves:
@@ -65,8 +70,8 @@ def describe(leaf: Any) -> dict[str, Any]:
     """A leaf as the manifest lists it, but for its fingerprint. Of keys, shape and dtype are those of their data."""
     if not is_key(leaf):
         return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "prng": ""}
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return {"shape": list(data.shape), "dtype": str(data.dtype), "prng": implementation(leaf)}
+    name, shape, dtype = _key_data(leaf.dtype)
+    return {"shape": [*leaf.shape, *shape], "dtype": dtype, "prng": name}
 
 
 def text_of(record: Mapping[str, Any]) -> str:
