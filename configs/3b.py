@@ -9,7 +9,7 @@
     python -m launch.train --config=configs/3b.py --config.data.source='TEXT/*.jsonl' --workdir=runs/3b
 
 So many tokens want text of one's own: on the embedded default `data.max_epochs` refuses them, and a first try is
-`--config.train.steps=100`.
+`--config.train.steps=50`.
 """
 
 from __future__ import annotations

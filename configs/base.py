@@ -19,8 +19,8 @@ def base() -> ConfigDict:
 def pretraining(tokens: int) -> ConfigDict:
     """`base` with what the pre-training of a model of 100 million parameters or more has in common.
 
-    Llama's vocabulary size and epsilon (Touvron et al. 2023, arXiv:2302.13971); each block computed again in the backward
-    pass, because plain attention would keep `heads x length x length` numbers a layer and row.
+    Llama's vocabulary size and epsilon (Touvron et al. 2023, arXiv:2302.13971); each block is computed again in the
+    backward pass, because plain attention would keep `heads x length x length` numbers a layer and row.
     """
     config = base()
     config.model.vocab = 32_000

@@ -5,7 +5,7 @@ by Muon, the rest by Adam, without weight decay or clipping. Every block starts 
 
     parameters       803,072, at the 65 characters of the text
     tokens           1.54e6
-    training FLOPs   7.7e12
+    training FLOPs   7.63e12
 
     python -m launch.train --config=configs/shakespeare_char.py --config.data.source=FILE --workdir=runs/shakespeare
 """

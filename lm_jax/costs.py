@@ -343,7 +343,7 @@ def suggest(
       batch_size, length, remat, microbatches: as of `memory`.
     """
     for mesh_config, mesh_keys in _meshes(config, devices):
-        mesh = abstract_mesh(mesh_config, devices)
+        mesh: Any = abstract_mesh(mesh_config, devices)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
         if batch_size % parts or c.embed % mesh.shape["fsdp"]:
             continue
@@ -355,7 +355,7 @@ def suggest(
         rows = batch_size // parts  # of a micro-batch on a device
         finer = [k for k in range(1, rows + 1) if rows % k == 0]
 
-        def total(remat: str, times: int, mesh: AbstractMesh = mesh, state: Tree = state) -> int:
+        def total(remat: str, times: int, mesh: Any = mesh, state: Tree = state) -> int:
             cut = {"batch_size": batch_size, "length": length, "microbatches": microbatches * times}
             return memory(c, state, mesh, remat=remat, **cut)["total"]
 

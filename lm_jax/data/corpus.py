@@ -42,7 +42,11 @@ class Corpus:
         """
         self.files, self.policy = files, policy
         reader = Reader(files, policy)
-        found = [(_hash(document.text), len(document.text)) for document in reader]
+        found = []
+        with Progress("reading documents", sum(p.stat().st_size for p in files.paths if p.exists())) as progress:
+            for document in reader:
+                found.append((_hash(document.text), len(document.text)))
+                progress.advance(found[-1][0][1])
         self._hashes = np.array([h for (h, _), _ in found], np.uint64)
         self.sizes = np.array([size for (_, size), _ in found], np.int64)
         self.length = sum(characters for _, characters in found)

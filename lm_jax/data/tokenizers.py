@@ -192,7 +192,7 @@ class SentencePiece(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], advance: Callable[[int], None] = _ignore) -> list[np.ndarray]:
-        # Parts of all texts, their places in `out`, and what is collected for `out`: threads get even work.
+        # The texts' parts, each with the number of its text, in slabs of even work for the threads.
         out: list[list[np.ndarray]] = [[] for _ in texts]
         for slab in _slabs((i, part) for i, text in enumerate(texts) for part in self._parts(text)):
             encoded = self.processor.encode([part for _, part in slab], num_threads=os.cpu_count() or 1)

@@ -279,7 +279,7 @@ def _as_wanted(array: jax.Array, record: dict[str, Any], found: int, want: Any) 
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
-    # Weights hardly compress (7%), and zstd took four times the processor time of the rest of a save of 30M numbers. The
+    # Weights hardly compress (7%), and zstd took four times the processor time of the rest of a save (30M numbers). The
     # file of shardings, which nothing here reads, took a fifth of a small save (50 leaves, 2.4M numbers). On two cores.
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))

@@ -3,6 +3,7 @@
 Shapes: B batch, T length, D embed, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -86,9 +87,15 @@ def test_cache_takes_many_tokens_at_once() -> None:
     c = tiny.config()
     params = tiny.parameters(c)
     cache, seen = init_cache(c, 2, 16), []
-    for part in np.split(TOKENS, [5, 6, 9], axis=1):
-        x, cache = jax.jit(lambda t, k: hidden(params, t, c=c, cache=k))(part, cache)
-        seen.append(logits(params, x, c=c))
+
+    @jax.jit
+    def step(tokens_BT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        x, cache = hidden(params, tokens_BT, c=c, cache=cache)
+        return logits(params, x, c=c), cache
+
+    for part in np.split(TOKENS, [5, 6, 11], axis=1):
+        z, cache = step(part, cache)
+        seen.append(z)
     np.testing.assert_allclose(jnp.concatenate(seen, 1), tiny.full_logits(params, TOKENS, c), atol=1e-5)
     assert cache.length.tolist() == [[12, 12]] * 2
 
@@ -146,10 +153,10 @@ def test_with_a_mesh_and_without(scanned: tuple[jax.Array, Tree], mesh: jax.shar
 def test_computes_in_bfloat16(scanned: tuple[jax.Array, Tree]) -> None:
     c = tiny.config(dtype="bfloat16")
     params = tiny.parameters(c)
-    x, _ = jax.jit(lambda p: hidden(p, TOKENS, c=c))(params)
-    assert x.dtype == jnp.bfloat16 and logits(params, x, c=c).dtype == jnp.float32
-    exact = tiny.full_logits(params, TOKENS, tiny.config())
-    difference = np.linalg.norm(logits(params, x, c=c) - exact) / np.linalg.norm(exact)
+    assert jax.eval_shape(lambda p: hidden(p, TOKENS, c=c)[0], params).dtype == jnp.bfloat16
+    exact, rounded = tiny.full_logits(params, TOKENS, tiny.config()), tiny.full_logits(params, TOKENS, c)
+    assert rounded.dtype == jnp.float32
+    difference = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 1e-4 < difference < 0.05  # rounded, and no more than that
     gradients = loss_and_gradients(c)[1]
     assert {a.dtype for a in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
@@ -190,7 +197,7 @@ def test_normalised_queries_and_keys_have_no_size(qk_norm: bool) -> None:
 def test_zero_output_projections_make_identity_blocks() -> None:
     c = tiny.config(output_init="zero")
     params = initialize(transformer_specs(c), jax.random.key(0))
-    x, _ = hidden(params, TOKENS, c=c)
+    x = jax.jit(lambda p: hidden(p, TOKENS, c=c)[0])(params)
     embedded = params["embedding"][TOKENS]
     np.testing.assert_allclose(x, embedded / np.sqrt(np.square(embedded).mean(-1, keepdims=True) + 1e-6), rtol=1e-5)
     assert not logits(params, x, c=c).any()
@@ -213,8 +220,9 @@ def test_wrong_configs_are_refused(wrong: dict[str, Any]) -> None:
 # --- initial values --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def initial(**changes: Any) -> dict[str, np.ndarray]:
-    return leaves(jax.jit(lambda key: initialize(transformer_specs(tiny.config(**changes)), key))(jax.random.key(0)))
+    return leaves(initialize(transformer_specs(tiny.config(**changes)), jax.random.key(0)))
 
 
 def test_an_added_parameter_leaves_the_others() -> None:

@@ -13,8 +13,8 @@ STEPS, ROWS, LENGTH = 20, 4, 32
 def twin(config: RunConfig) -> RunConfig:
     """The tiny twin of a config: the same architecture, optimizer, schedule and data settings in the smallest sizes.
 
-    2 layers of 32, 4 heads on as large a share of key-value heads as the config has, a vocabulary of 320 where it is not
-    that of the characters, 20 steps of 4 rows of 32 tokens, the first 5 of them warm-up at most.
+    2 layers of 32, 4 heads on as large a share of key-value heads as the config has, a vocabulary of 320 where it is
+    not that of the characters, 20 steps of 4 rows of 32 tokens, the first 5 of them warm-up at most.
     """
     model, train, optimizer = config.model, config.train, config.optimizer
     return dataclasses.replace(
