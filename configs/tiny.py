@@ -3,9 +3,9 @@
 4 layers of 192, 4 heads on 2 key-value heads, SwiGLU of 512, tied, a sentencepiece vocabulary of 4,096 trained on the
 text on first use, packed rows of 256 tokens.
 
-    parameters       2,409,216
+    parameters       2,410,176
     tokens           8.19e5
-    training FLOPs   1.36e13
+    training FLOPs   1.28e13
 
     python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 """

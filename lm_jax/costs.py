@@ -8,6 +8,7 @@ Shapes: B rows, T length, D embed, V vocabulary (on a device: v).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -211,6 +212,7 @@ def _forward(c: TransformerConfig, mesh: Any, shape: tuple[int, int], remat: str
     return forward, (abstract(transformer_specs(c), mesh), ids, ids)
 
 
+@functools.cache
 def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str) -> int:
     """Bytes on a device that the forward pass leaves for the backward pass, beside its own arguments."""
     forward, arguments = _forward(c, mesh, shape, remat)
@@ -223,6 +225,7 @@ def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], rema
     return sum(_bytes(v.aval) for v in {id(v): v for v in jaxpr.outvars if id(v) not in given}.values())
 
 
+@functools.cache
 def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
     """Bytes on a device of the largest array that a forward and backward pass makes."""
     forward, arguments = _forward(c, mesh, shape, "none")
@@ -355,15 +358,15 @@ def suggest(
         rows = batch_size // parts  # of a micro-batch on a device
         finer = [k for k in range(1, rows + 1) if rows % k == 0]
 
-        def total(remat: str, times: int, mesh: Any = mesh, state: Tree = state) -> int:
-            cut = {"batch_size": batch_size, "length": length, "microbatches": microbatches * times}
-            return memory(c, state, mesh, remat=remat, **cut)["total"]
+        def fits(policy: str, times: int, mesh: Any = mesh, state: Tree = state) -> bool:
+            cut: dict[str, Any] = {"batch_size": batch_size, "length": length, "microbatches": microbatches * times}
+            return memory(c, state, mesh, remat=policy, **cut)["total"] <= available
 
-        settings = [(remat, 1), *(("full", k) for k in finer)]
-        best = next((setting for setting in settings if total(*setting) <= available), None)
-        if best is not None:
-            keys = mesh_keys | ({"train.remat": best[0]} if best[0] != remat else {})
-            return keys | ({"train.microbatches": microbatches * best[1]} if best[1] > 1 else {})
+        if not fits("full", finer[-1]):
+            continue
+        policy, times = (remat, 1) if fits(remat, 1) else ("full", next(k for k in finer if fits("full", k)))
+        changed = {"train.remat": policy} if policy != remat else {}
+        return mesh_keys | changed | ({"train.microbatches": microbatches * times} if times > 1 else {})
     return None
 
 

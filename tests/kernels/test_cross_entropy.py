@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from lm_jax.kernels import cross_entropy as kernel
 from lm_jax.kernels.cross_entropy import cross_entropy
+from lm_jax.sharding import constrain
 
 B, T, D, V = 3, 7, 8, 40
 RANDOM = np.random.default_rng(0)
@@ -39,7 +41,8 @@ def plain(z_loss: float = 0.0, soft_cap: float | None = None) -> dict[str, Any]:
 
 def ours(dtype: Any = jnp.float32, **settings: Any) -> dict[str, Any]:
     def total(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-        sums = cross_entropy(x, w, jnp.asarray(TARGETS), jnp.asarray(MASK), **settings)
+        targets, mask = (constrain(jnp.asarray(a), "batch", "length") for a in (TARGETS, MASK))
+        sums = cross_entropy(constrain(x, "batch", "length", None), constrain(w, None, "vocab"), targets, mask, **settings)
         return sums.total, sums
 
     gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -107,7 +110,7 @@ def arrays(jaxpr: Any) -> Iterator[Any]:
     """The shapes of everything that a program computes, inner programs included."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from arrays(inner)
 
 
