@@ -7,6 +7,7 @@ Shapes: B rows, T length, D embed, V vocabulary (on a device: v).
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -364,7 +365,9 @@ def suggest(
 
         if not fits("full", finer[-1]):
             continue
-        policy, times = (remat, 1) if fits(remat, 1) else ("full", next(k for k in finer if fits("full", k)))
+        policy, times = remat, 1
+        if not fits(remat, 1):
+            policy, times = "full", finer[bisect.bisect_left(finer, True, key=lambda k: fits("full", k))]
         changed = {"train.remat": policy} if policy != remat else {}
         return mesh_keys | changed | ({"train.microbatches": microbatches * times} if times > 1 else {})
     return None

@@ -32,7 +32,7 @@ from tests.support.small_run import write_text
 
 STEPS, EVERY, KEEP_EVERY = 80, 7, 28  # as small_run.py has them
 PATIENCE = 600  # seconds that a process may take to end; a busy machine is slow
-FINISHED, SAVED = 0, 75
+FINISHED, FAILED, SAVED = 0, 1, 75
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_bytes", "mfu")
 SIGNALS = {signal.SIGKILL: 5, signal.SIGTERM: 3, signal.SIGINT: 1}
 EARLY = {"starting": 2, "tokenising": 1, "compiling": 1}  # moments, and how often each
@@ -95,6 +95,9 @@ def moment_of(blow: Blow, job: Job, cache: Path) -> Callable[[], bool]:
     """Whether the blow's moment has come."""
     run = job.workdir
 
+    def training() -> bool:  # before that the records are those of the start before
+        return "compiling" in job.said()
+
     def retiring() -> bool:
         step = jobs.last_step(run)
         trash = jobs.TRASH in jobs.names(run / "checkpoints")
@@ -103,11 +106,11 @@ def moment_of(blow: Blow, job: Job, cache: Path) -> Callable[[], bool]:
     return {
         "starting": lambda: True,
         "tokenising": lambda: bool(jobs.names(cache / "data")),
-        "compiling": lambda: "compiling" in job.said(),
-        "stepping": lambda: jobs.last_step(run) >= blow.step,
-        "saving": lambda: (jobs.saving(run) or 0) >= blow.step,
-        "retiring": retiring,
-        "ending": lambda: jobs.last_step(run) >= STEPS,
+        "compiling": training,
+        "stepping": lambda: training() and jobs.last_step(run) >= blow.step,
+        "saving": lambda: training() and (jobs.saving(run) or 0) >= blow.step,
+        "retiring": lambda: training() and retiring(),
+        "ending": lambda: training() and jobs.last_step(run) >= STEPS,
     }[blow.moment]
 
 
@@ -252,8 +255,9 @@ class Run:
             if blow.number == signal.SIGKILL:
                 need(statuses[i] in (-signal.SIGKILL, FINISHED), f"{blow}: process {i} ended with {statuses[i]}")
                 continue
-            untold = not job.said(i)  # Python itself was still starting
-            allowed = {SAVED, FINISHED} | ({-blow.number} if untold else set())
+            early = {-blow.number} | ({FAILED} if blow.number == signal.SIGINT else set())
+            starting = "2 x cpu" not in said and "1 x cpu" not in said  # maybe Python itself was
+            allowed = {SAVED, FINISHED} | (early if starting else set())
             need(statuses[i] in allowed, f"{blow}: process {i} ended with {statuses[i]}\n{job.said(i)[-1500:]}")
         stopped = blow.number != signal.SIGKILL and "compiling" in said and "while starting" not in said
         if stopped:

@@ -142,13 +142,17 @@ def estimate(p: Program) -> dict[str, int]:
 
 
 SHAPES = [
-    dict(train=dict(batch_size=8, length=128)),
-    dict(train=dict(batch_size=8, length=128, remat="full"), vocab=4096),
-    dict(train=dict(batch_size=8, length=128, microbatches=4), optimizer="adafactor", scan=False, layers=2),
+    pytest.param(dict(train=dict(batch_size=8, length=128)), id="plain", marks=pytest.mark.slow),
+    pytest.param(dict(train=dict(batch_size=8, length=128, remat="full"), vocab=4096, layers=2), id="remat"),
+    pytest.param(
+        dict(train=dict(batch_size=8, length=128, microbatches=4), optimizer="adafactor", scan=False, layers=2),
+        id="micro-batches",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize("settings", SHAPES, ids=["plain", "remat", "micro-batches"])
+@pytest.mark.parametrize("settings", SHAPES)
 def test_memory_is_near_what_the_compiler_allocates(settings: dict[str, Any]) -> None:
     p = program(**settings)
     t = p.config.train
@@ -171,8 +175,7 @@ def test_each_part_answers_to_its_cause() -> None:
     parts = estimate(program(dict(batch_size=8, length=64, microbatches=2)))
     adafactor = estimate(program(dict(batch_size=8, length=64), optimizer="adafactor"))
     assert sum(v for k, v in plain.items() if k != "total") == plain["total"]
-    weights = 2 * 4 * 128 * 128 * 3  # of attention and feed-forward alone, kept in reshaped copies that no row changes
-    assert rows["activations"] > 2 * (plain["activations"] - 4 * 4 * (4 * 128**2 + 3 * 128 * 384)) > weights
+    assert 1.5 * plain["activations"] < rows["activations"] < 2 * plain["activations"]  # weights are kept once
     assert remat["activations"] < plain["activations"] / 5
     assert remat["working"] > plain["working"]
     assert parts["gradients"] == 2 * plain["gradients"] and parts["activations"] < plain["activations"]
@@ -290,8 +293,8 @@ def test_the_nearest_setting_that_fits_is_suggested() -> None:
     assert suggestion(needed("none", 1)) == {}
     assert suggestion(needed("full", 1)) == {"train.remat": "full"}
     finest = needed("full", 8)
-    if finest < needed("full", 1):
-        assert suggestion(finest) == {"train.remat": "full", "train.microbatches": 8}
+    assert finest < needed("full", 1)
+    assert suggestion(finest) == {"train.remat": "full", "train.microbatches": 8}
     sharded = needed("full", 8, data=1, fsdp=4)
     assert sharded < finest
     assert suggestion(sharded) == {

@@ -35,7 +35,11 @@ def test_sizes(config: dict[str, int], devices: int, sizes: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("config", "devices", "says"),
     [
-        ({"data": 3, "tensor": 2}, 8, "data=3 x fsdp=1 x sequence=1 x tensor=2 = 6 leaves some unused of the 8 devices"),
+        (
+            {"data": 3, "tensor": 2},
+            8,
+            "data=3 x fsdp=1 x sequence=1 x tensor=2 = 6 leaves some unused of the 8 devices",
+        ),
         ({"data": 16}, 8, "wants more than the 8 devices"),
         ({"tensor": 3}, 8, "does not divide 8 devices"),
         ({"tensor": 0}, 8, "mesh.tensor: 0 is no size"),

@@ -1,7 +1,7 @@
 """Text that a model continues, token by token on a key-value cache.
 
-One jitted program reads the prompts and draws the tokens. Prompts and results are padded to sizes that are powers of two,
-so that other prompts find it compiled.
+One jitted program reads the prompts and draws the tokens. Prompts and results are padded to sizes that are powers of
+two, so that other prompts find it compiled.
 
 Shapes: B rows, P padded prompt length, M room for new tokens, V vocabulary.
 """
@@ -44,9 +44,9 @@ def generate(
     A row depends on its prompt, its place among the prompts, and the seed; not on the other rows. (Sums may be rounded
     otherwise where the number of rows or the bucket of their lengths differs.)
 
-    It runs on the mesh that the parameters are on, in whatever layout (parameters without a mesh: on one device); the rows
-    are filled up with copies until the mesh divides them, and the copies dropped. Where there are several processes, all of
-    them call it with the same arguments, and each gets the whole result.
+    It runs on the mesh that the parameters are on, in whatever layout (parameters without a mesh: on one device); the
+    rows are filled up with copies until the mesh divides them, and the copies dropped. Where there are several
+    processes, all of them call it with the same arguments, and each gets the whole result.
 
     Args:
       params: of `transformer_specs(c)`.
@@ -116,7 +116,7 @@ def _limits(
 
 
 def _place(params: Params, c: TransformerConfig) -> tuple[Params, Mesh]:
-    """The parameters on a mesh whose `sequence` is 1, for decoding has no length to split: its devices take rows instead."""
+    """The parameters on a mesh whose `sequence` is 1: decoding has no length to split, its devices take rows instead."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
         mesh = one_device_mesh()
@@ -138,8 +138,11 @@ def _place(params: Params, c: TransformerConfig) -> tuple[Params, Mesh]:
 
 
 class _Loop(NamedTuple):
-    """What the loop carries: tokens drawn so far (their number, and `[B, M]`), how many of them count a row, which rows are
-    done, the cache, what it says of the next token, and whether all logits of open rows were finite."""
+    """What the loop carries.
+
+    Attributes: how many tokens are drawn, and which; how many of them count in each row; which rows are done; the cache,
+    and what it says of the next token; whether all logits of open rows were finite.
+    """
 
     drawn: Array
     tokens_BM: Array
@@ -198,8 +201,8 @@ def _read(
 ) -> tuple[Array, KeyValueCache]:
     """What follows each prompt, `[B, V]`, and the cache that holds them.
 
-    Prompts are padded behind their end, where no token of theirs looks; then the cache is told their true lengths, so that
-    new keys take the padding's places one by one, and those that are still there are behind every query.
+    Prompts are padded behind their end, where no token of theirs looks; then the cache is told their true lengths, so
+    that new keys take the padding's places one by one, and what is left of it is behind every query.
     """
     x_BPD, cache = hidden(params, tokens_BP, c=c, cache=cache)
     last_BP = jnp.arange(tokens_BP.shape[1]) == (length_B - 1)[:, None]

@@ -35,7 +35,8 @@ class ParamTree(nnx.Module):
         self.names = tuple(tree)
 
     def tree(self) -> Tree:
-        """The nested dict of arrays. (`nnx.to_pure_dict` would leave out what is empty, such as a norm without gains.)"""
+        """The nested dict of arrays."""
+        # nnx.to_pure_dict would leave out what is empty, such as a norm without gains.
         values = {name: getattr(self, name) for name in self.names}
         return {name: v.tree() if isinstance(v, ParamTree) else v[...] for name, v in values.items()}
 

@@ -74,7 +74,6 @@ def train(
         stack.callback(checkpoints.close)
         state, step, rows = _start(program, checkpoints, data)
         total = config.train.total_steps
-        data.check_epochs(rows + (total - step) * config.train.batch_size)
         facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
         stack.callback(log.writer.close)
@@ -145,19 +144,21 @@ def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
 
 def _start(program: Program, checkpoints: Checkpointer, data: Prepared) -> tuple[TrainState, int, int]:
     """The state to begin with, the steps done and the rows consumed: restored, from another run's weights, or fresh."""
-    config = program.config
+    config, done = program.config, {"step": 0, "rows": 0}
     if checkpoints.latest is not None:
-        _check_same_run(checkpoints.read_metadata(), config, data)
+        done = checkpoints.read_metadata()
+        _check_same_run(done, config, data)
+    data.check_epochs(done["rows"] + (config.train.total_steps - done["step"]) * config.train.batch_size)
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
         _tell(f"going on from checkpoint {restored.step}")
         return restored.tree, restored.step, restored.metadata["rows"]
-    state = program.init()
     if config.train.init_from is None:
-        return state, 0, 0
+        return program.init(), 0, 0
     other = CheckpointReader(paths.run_path(config.train.init_from) / "checkpoints", _tell)
     weights = other.restore_params(program.abstract.params, ema=True)
     _tell(f"starting from the weights of {config.train.init_from}, checkpoint {weights.step}")
+    state = program.init()
     average = None if state.ema is None else jax.tree.map(lambda a: a.copy(), weights.tree)
     return state.replace(params=weights.tree, ema=average), 0, 0
 

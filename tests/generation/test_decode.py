@@ -26,7 +26,9 @@ def by_full_forward(prompt: list[int], n: int, **changes: Any) -> list[int]:
     ids = list(prompt)
     for _ in range(n):
         padded = np.pad(ids, (0, 64 - len(ids)))[None]
-        ids.append(int(jnp.argmax(tiny.full_logits(PARAMS, padded, dataclasses.replace(C, **changes))[0, len(ids) - 1])))
+        ids.append(
+            int(jnp.argmax(tiny.full_logits(PARAMS, padded, dataclasses.replace(C, **changes))[0, len(ids) - 1]))
+        )
     return ids[len(prompt) :]
 
 

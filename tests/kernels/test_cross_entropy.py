@@ -42,7 +42,9 @@ def plain(z_loss: float = 0.0, soft_cap: float | None = None) -> dict[str, Any]:
 def ours(dtype: Any = jnp.float32, **settings: Any) -> dict[str, Any]:
     def total(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
         targets, mask = (constrain(jnp.asarray(a), "batch", "length") for a in (TARGETS, MASK))
-        sums = cross_entropy(constrain(x, "batch", "length", None), constrain(w, None, "vocab"), targets, mask, **settings)
+        sums = cross_entropy(
+            constrain(x, "batch", "length", None), constrain(w, None, "vocab"), targets, mask, **settings
+        )
         return sums.total, sums
 
     gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -118,9 +120,7 @@ def largest(**settings: Any) -> int:
     rows, vocab = 64, 512
     x, w = jnp.zeros((2, rows // 2, 4)), jnp.zeros((4, vocab))
     targets = jnp.zeros((2, rows // 2), jnp.int32)
-    f = jax.value_and_grad(
-        lambda x, w: cross_entropy(x, w, targets, targets == 0, **settings).total, argnums=(0, 1)
-    )
+    f = jax.value_and_grad(lambda x, w: cross_entropy(x, w, targets, targets == 0, **settings).total, argnums=(0, 1))
     return max(int(np.prod(shape)) for shape in arrays(jax.make_jaxpr(f)(x, w).jaxpr)) // vocab
 
 

@@ -21,8 +21,7 @@ TOKENS = RANDOM.integers(0, 64, (2, 12)).astype(np.int32)
 BATCH = tiny.batch(4, 12)
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"scan": False},
-    {"tied": True, "qk_norm": True, "logit_soft_cap": 8.0, "feed_forward": "squared_relu"},
+    {"scan": False, "qk_norm": True, "logit_soft_cap": 8.0, "feed_forward": "squared_relu"},
     {"norm": "rms_no_gain", "position": "none", "kv_heads": 1},
 ]
 
@@ -48,8 +47,8 @@ def packed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("changes", VARIANTS)
 @pytest.mark.parametrize("segments", [None, [[0, 0, 0, 1, 1, 1, 1, -1]]])
 def test_causality_by_gradient(changes: dict[str, Any], segments: list | None) -> None:
-    """Row t' of the embedding is read at position t' alone: what logits[t] take from it is what they take from there."""
-    c = tiny.config(tied=False, **{k: v for k, v in changes.items() if k != "tied"})
+    """Row t' of the embedding is read at position t' alone: what logits[t] take from it, they take from there."""
+    c = tiny.config(**changes)
     params, T = tiny.parameters(c), 8
     direction_V = jnp.asarray(RANDOM.standard_normal(64), jnp.float32)
     ids_BT = None if segments is None else jnp.asarray(segments)
@@ -187,9 +186,7 @@ def test_the_soft_cap_bounds_logits() -> None:
 def test_normalised_queries_and_keys_have_no_size(qk_norm: bool) -> None:
     c = tiny.config(qk_norm=qk_norm)
     params = tiny.parameters(c)
-    larger = jax.tree_util.tree_map_with_path(
-        lambda path, a: a * 5 if path[-1].key in ("query", "key") else a, params
-    )
+    larger = jax.tree_util.tree_map_with_path(lambda path, a: a * 5 if path[-1].key in ("query", "key") else a, params)
     same = np.allclose(tiny.full_logits(params, TOKENS, c), tiny.full_logits(larger, TOKENS, c), atol=1e-3)
     assert same == qk_norm
 
@@ -205,10 +202,25 @@ def test_zero_output_projections_make_identity_blocks() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"layers": 0}, {"vocab": 1}, {"logit_soft_cap": 0.0}, {"embedding_std": float("nan")}, {"dtype": "float16"}]
-    + [{"output_init": "ones"}, {"norm": "layer"}, {"norm_epsilon": 0.0}, {"position": "alibi"}, {"rope_base": 1.0}]
-    + [{"feed_forward": "relu"}, {"feed_forward_dim": 0}, {"kv_heads": 3}, {"heads": 0}, {"head_dim": 7}, {"embed": 0}]
-    + [{"heads": 5, "kv_heads": None, "head_dim": None}],
+    [
+        {"layers": 0},
+        {"vocab": 1},
+        {"logit_soft_cap": 0.0},
+        {"embedding_std": float("nan")},
+        {"dtype": "float16"},
+        {"output_init": "ones"},
+        {"norm": "layer"},
+        {"norm_epsilon": 0.0},
+        {"position": "alibi"},
+        {"rope_base": 1.0},
+        {"feed_forward": "relu"},
+        {"feed_forward_dim": 0},
+        {"kv_heads": 3},
+        {"heads": 0},
+        {"head_dim": 7},
+        {"embed": 0},
+        {"heads": 5, "kv_heads": None, "head_dim": None},
+    ],
 )
 def test_wrong_configs_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -244,4 +256,6 @@ def test_more_layers_leave_the_first_as_they_were() -> None:
 
 
 def test_no_two_layers_start_alike() -> None:
-    assert [n for n, a in initial().items() if n.startswith("blocks/") and "gain" not in n and (a[0] == a[1]).any()] == []
+    assert [
+        n for n, a in initial().items() if n.startswith("blocks/") and "gain" not in n and (a[0] == a[1]).any()
+    ] == []

@@ -11,7 +11,7 @@ from tests.support import tiny
 
 C = tiny.config(heads=16, kv_heads=8, head_dim=4, feed_forward_dim=64)
 PARAMS = tiny.parameters(C)
-PROMPTS = [[1, 2, 3], [9], list(range(40))]
+PROMPTS = [list(range(40)), [1, 2, 3], [9]]
 DRAWN = SamplingConfig(temperature=0.7, top_k=10, top_p=0.9)
 
 assert len(jax.devices()) == 8

@@ -13,8 +13,15 @@ from lm_jax.params import Tree
 from lm_jax.sharding import MeshConfig, abstract, make_mesh, partition
 
 ONE = MeshConfig(data=1)
-SINGLE = [MeshConfig(**{"data": 1, axis: 8}) for axis in ("data", "fsdp", "sequence", "tensor")]
-PAIRS = [
+SOME = [
+    MeshConfig(data=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+]
+OTHERS = [
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=1, sequence=8),
+    MeshConfig(data=1, tensor=8),
     MeshConfig(data=2, fsdp=4),
     MeshConfig(data=4, sequence=2),
     MeshConfig(data=2, tensor=4),
@@ -22,7 +29,6 @@ PAIRS = [
     MeshConfig(data=1, fsdp=2, tensor=4),
     MeshConfig(data=1, sequence=4, tensor=2),
 ]
-TRIPLES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)]
 
 
 def mesh_of(config: MeshConfig) -> Mesh:

@@ -44,7 +44,7 @@ def full_logits(params: Tree, tokens_BT: Any, c: TransformerConfig, **arguments:
 
 
 def batch(rows: int, length: int, vocab: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of packed documents: two a row, of lengths that differ by row, with padding behind; row 1 is all padding."""
+    """A batch of packed documents: two a row, of lengths that differ, with padding behind; row 1 is all padding."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, vocab, (rows, length + 1))
     segments, positions = np.full((rows, length), -1), np.zeros((rows, length), int)

@@ -1,5 +1,6 @@
 """The step: what it minimises, what it accumulates, what it clips, and what it refuses."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax.objectives.next_token import Objective, next_token
+from lm_jax.objectives.next_token import next_token
+from lm_jax.objectives.objective import Objective
 from lm_jax.params import Tree
 from lm_jax.training.state import TrainState
-from lm_jax.training.step import make_eval_step, make_train_step
+from lm_jax.training.step import Metrics, make_train_step
 from tests.support import tiny
 
 C = tiny.config()
@@ -26,7 +28,13 @@ KEEP = optax.GradientTransformation(
 
 def fresh(params: Tree, optimizer: optax.GradientTransformation, ema: Tree | None = None) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, {}, {"seen": jnp.zeros(())}, optimizer.init(params), ema, zero, zero, jax.random.key(0))
+    return TrainState(
+        params, {}, {"seen": jnp.zeros(())}, optimizer.init(params), ema, zero, zero, zero, jax.random.key(0)
+    )
+
+
+def jitted(objective: Objective, optimizer: optax.GradientTransformation, **settings: Any) -> Any:
+    return jax.jit(make_train_step(objective, optimizer, lambda updates: 0.1 * updates, **settings))
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -38,17 +46,17 @@ def equal(a: Any, b: Any) -> bool:
 # --- the language model's loss and gradient --------------------------------------------------------------------------
 
 
-def model_step(microbatches: int, z_loss: float = 0.01) -> tuple[TrainState, dict[str, jax.Array]]:
-    step = make_train_step(next_token(C, z_loss=z_loss), KEEP, microbatches=microbatches)
-    return jax.jit(step)(fresh(tiny.parameters(C), KEEP), BATCH)
+@functools.cache
+def model_step(microbatches: int) -> Any:
+    return jitted(next_token(C, z_loss=0.01), KEEP, microbatches=microbatches)
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[TrainState, dict[str, jax.Array]]:
-    return model_step(1)
+def whole() -> tuple[TrainState, Metrics]:
+    return model_step(1)(fresh(tiny.parameters(C), KEEP), BATCH)
 
 
-def test_the_loss_is_the_mean_over_targets_that_count(whole: tuple[TrainState, dict[str, jax.Array]]) -> None:
+def test_the_loss_is_the_mean_over_targets_that_count(whole: tuple[TrainState, Metrics]) -> None:
     packed = {"positions_BT": BATCH["positions"], "segment_ids_BT": BATCH["segment_ids"]}
     z = np.asarray(tiny.full_logits(tiny.parameters(C), BATCH["tokens"], C, **packed), np.float64)
     mask = BATCH["loss_mask"]
@@ -58,27 +66,27 @@ def test_the_loss_is_the_mean_over_targets_that_count(whole: tuple[TrainState, d
     np.testing.assert_allclose(metrics["cross_entropy"], ce[mask].mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["z_loss"], 0.01 * np.square(log_z[mask]).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["cross_entropy"] + metrics["z_loss"], rtol=1e-6)
-    assert metrics["tokens"] == mask.sum() and 0 < mask.sum() < mask.size
+    assert metrics["targets"] == mask.sum() and 0 < mask.sum() < mask.size
 
 
-@pytest.mark.parametrize("microbatches", [2, 8])
-def test_accumulation_equals_one_batch(whole: tuple[TrainState, dict[str, jax.Array]], microbatches: int) -> None:
+def test_accumulation_equals_one_batch(whole: tuple[TrainState, Metrics]) -> None:
+    microbatches = 4
     counts = BATCH["loss_mask"].sum(1)
     assert len({int(counts[i::microbatches].sum()) for i in range(microbatches)}) > 1  # parts of different weight
-    state, metrics = model_step(microbatches)
+    state, metrics = model_step(microbatches)(fresh(tiny.parameters(C), KEEP), BATCH)
     for name in ("loss", "cross_entropy", "z_loss", "grad_norm"):
         np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6, err_msg=name)
-    assert metrics["batch_hash"] == whole[1]["batch_hash"] and metrics["tokens"] == whole[1]["tokens"]
+    assert metrics["batch_hash"] == whole[1]["batch_hash"] and metrics["targets"] == whole[1]["targets"]
     for a, b in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(whole[0].opt_state), strict=True):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_by_the_step() -> None:
-    params = tiny.parameters(C)
-    optimizer = optax.adamw(0.1)
-    bad = BATCH | {"tokens": np.where(np.arange(12) == 0, 64, BATCH["tokens"]).astype(np.int32)}
-    state, metrics = jax.jit(make_train_step(next_token(C), optimizer))(fresh(params, optimizer), bad)
-    assert equal(state.params, params) and metrics["bad_steps"] == 1 and np.isnan(metrics["loss"])
+    before = fresh(tiny.parameters(C), KEEP)
+    tokens = np.where(np.arange(12) == 0, 64, BATCH["tokens"]).astype(np.int32)
+    after, metrics = model_step(1)(before, BATCH | {"tokens": tokens})
+    assert equal((after.params, after.opt_state), (before.params, before.opt_state))
+    assert metrics["bad_steps"] == 1 and np.isnan(metrics["loss"])
 
 
 # --- the step itself, on a loss that compiles at once ----------------------------------------------------------------
@@ -98,17 +106,17 @@ GRADIENT = np.array([1 * (0.5 - 1) + 3 * (1.5 - 1), 2 * (-4.0 - 1)])  # of the m
 
 
 def test_gradients_reach_the_optimizer_as_they_are() -> None:
-    state, metrics = jax.jit(make_train_step(TOY, KEEP))(fresh(PARAMS, KEEP), GOOD)
+    state, metrics = jitted(TOY, KEEP)(fresh(PARAMS, KEEP), GOOD)
     np.testing.assert_allclose(state.opt_state["w"], GRADIENT, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(GRADIENT), rtol=1e-6)
-    assert set(metrics) == {"loss", "grad_norm", "bad_steps", "batch_hash", "tokens"}
+    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "targets", "batch_hash", "bad_steps"}
     assert state.step == 1 and state.bad_steps == 0 and state.extra["seen"] == 2
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(1.0, 1.0), (1e6, np.linalg.norm(GRADIENT))])
 def test_clipping_keeps_the_direction(clip: float, norm: float) -> None:
-    state, metrics = jax.jit(make_train_step(TOY, KEEP, clip_norm=clip))(fresh(PARAMS, KEEP), GOOD)
-    np.testing.assert_allclose(state.opt_state["w"], GRADIENT / np.linalg.norm(GRADIENT) * norm, rtol=1e-5)
+    state, metrics = jitted(TOY, KEEP, clip_norm=clip)(fresh(PARAMS, KEEP), GOOD)
+    np.testing.assert_allclose(state.opt_state["w"], GRADIENT * (norm / np.linalg.norm(GRADIENT)), rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(GRADIENT), rtol=1e-6)  # what it was
 
 
@@ -116,17 +124,18 @@ def test_clipping_keeps_the_direction(clip: float, norm: float) -> None:
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_step_that_is_not_finite_changes_nothing(microbatches: int, clip: float | None) -> None:
     optimizer = optax.adamw(0.1)
-    step = jax.jit(make_train_step(TOY, optimizer, microbatches=microbatches, clip_norm=clip, ema=0.9))
+    step = jitted(TOY, optimizer, microbatches=microbatches, clip_norm=clip, ema=0.9)
     before, _ = step(fresh(PARAMS, optimizer, jax.tree.map(jnp.copy, PARAMS)), GOOD)
     after, metrics = step(before, BAD)
     for part in ("params", "opt_state", "ema", "extra"):
         assert equal(getattr(after, part), getattr(before, part)), part
     assert not np.isfinite(metrics["loss"])
     assert (before.bad_steps, after.bad_steps, after.step, metrics["bad_steps"]) == (0, 1, 2, 1)
+    assert before.applied == after.applied == 1
     twice, _ = step(after, BAD)
     assert twice.bad_steps == 2
     again, _ = step(twice, GOOD)
-    assert again.bad_steps == 0 and not equal(again.params, before.params)
+    assert again.bad_steps == 0 and again.applied == 2 and not equal(again.params, before.params)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_with_a_finite_loss() -> None:
@@ -134,28 +143,33 @@ def test_a_gradient_that_is_not_finite_is_refused_with_a_finite_loss() -> None:
         return {"root": jnp.sum(jnp.sqrt(params["w"]))}, extra  # at zero: value 0, slope infinite
 
     objective, params = Objective(lambda batch: {"root": jnp.float32(1)}, terms), {"w": jnp.zeros(2)}
-    state, metrics = jax.jit(make_train_step(objective, optax.sgd(0.1)))(fresh(params, optax.sgd(0.1)), GOOD)
+    state, metrics = jitted(objective, optax.sgd(0.1))(fresh(params, optax.sgd(0.1)), GOOD)
     assert np.isfinite(metrics["loss"]) and equal(state.params, params) and state.bad_steps == 1
 
 
 def test_a_batch_without_targets_is_no_step_to_fear() -> None:
-    objective = Objective(lambda batch: {"square": jnp.float32(0)}, lambda *a: ({"square": 0 * jnp.sum(a[0]["w"])}, a[2]))
-    state, metrics = jax.jit(make_train_step(objective, optax.sgd(0.1)))(fresh(PARAMS, optax.sgd(0.1)), GOOD)
+    objective = Objective(
+        lambda batch: {"square": jnp.float32(0)}, lambda *a: ({"square": 0 * jnp.sum(a[0]["w"])}, a[2])
+    )
+    state, metrics = jitted(objective, optax.sgd(0.1))(fresh(PARAMS, optax.sgd(0.1)), GOOD)
     assert metrics["loss"] == 0 and state.bad_steps == 0 and equal(state.params, PARAMS)
 
 
-def test_the_average_follows_and_is_evaluated() -> None:
-    optimizer = optax.sgd(0.01)
-    step = jax.jit(make_train_step(TOY, optimizer, ema=0.5))
-    state, _ = step(fresh(PARAMS, optimizer, jax.tree.map(jnp.copy, PARAMS)), GOOD)
+def test_the_average_follows() -> None:
+    step = jitted(TOY, optax.sgd(0.01), ema=0.5)
+    state, _ = step(fresh(PARAMS, optax.sgd(0.01), jax.tree.map(jnp.copy, PARAMS)), GOOD)
     state, _ = step(state, GOOD)
-    assert not equal(state.ema, state.params) and not equal(state.ema, PARAMS)
-    sums, weights = jax.jit(make_eval_step(TOY))(state, GOOD)
-    expected = np.square(GOOD["x"] * np.asarray(state.ema["w"]) - 1).sum()
-    np.testing.assert_allclose(sums["square"], expected, rtol=1e-6)
-    assert weights["square"] == 2
-    sums, _ = jax.jit(make_eval_step(TOY))(state.replace(ema=None), GOOD)
-    np.testing.assert_allclose(sums["square"], np.square(GOOD["x"] * np.asarray(state.params["w"]) - 1).sum(), rtol=1e-6)
+    between = np.sort(np.stack([PARAMS["w"], state.ema["w"], state.params["w"]]), 0)
+    assert (between[1] == state.ema["w"]).all() and not (between[0] == between[1]).any()
+
+
+def test_the_rate_told_is_that_of_the_updates_so_far() -> None:
+    step, rates = jitted(TOY, optax.sgd(0.01)), []
+    state = fresh(PARAMS, optax.sgd(0.01))
+    for batch in (GOOD, BAD, GOOD, GOOD):
+        state, metrics = step(state, batch)
+        rates.append(float(metrics["learning_rate"]))
+    np.testing.assert_allclose(rates, [0, 0.1, 0.1, 0.2])
 
 
 def test_every_step_and_micro_batch_has_a_key_of_its_own() -> None:
@@ -164,7 +178,7 @@ def test_every_step_and_micro_batch_has_a_key_of_its_own() -> None:
         return {"noise": 0 * jnp.sum(params["w"]) + number}, {"seen": number}
 
     objective = Objective(lambda batch: {"noise": jnp.float32(1)}, terms)
-    step = jax.jit(make_train_step(objective, KEEP, microbatches=2))
+    step = jitted(objective, KEEP, microbatches=2)
     state, first = step(fresh(PARAMS, KEEP), GOOD)
     assert float(first["loss"]) != 2 * float(state.extra["seen"])  # its two parts drew different numbers
     _, second = step(state, GOOD)
