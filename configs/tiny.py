@@ -17,12 +17,18 @@ from ml_collections import ConfigDict
 from configs.base import base, vary
 
 
+def adamw(config: ConfigDict) -> None:
+    """One rule for all parameters, and two averages of each."""
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 3e-3
+
+
 def adafactor(config: ConfigDict) -> None:
     """Optimizer state of a row and a column a matrix."""
     config.optimizer.name = "adafactor"
 
 
-VARIANTS = {"adafactor": adafactor}
+VARIANTS = {"adamw": adamw, "adafactor": adafactor}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -31,6 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.kv_heads = 2
     config.model.tied = True
     config.train.steps = 200
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.momentum_warmup_steps = 60
     config.optimizer.warmup_steps = 20
     return vary(config, variant, VARIANTS)

@@ -28,6 +28,7 @@ def main(config: ConfigDict) -> int:
     directory = run_path(WORKDIR.value)
     runtime.start(FLAGS, run)
 
+    from launch.fit import refuse_what_does_not_fit
     from lm_jax.objectives.next_token import next_token
     from lm_jax.objectives.objective import Objective
     from lm_jax.training.loop import train
@@ -36,6 +37,7 @@ def main(config: ConfigDict) -> int:
     def objective(c: RunConfig) -> Objective:
         return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat)
 
+    refuse_what_does_not_fit(run)
     return train(run, directory, objective, command_line())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.errors import ConfigError
 from lm_jax.params import ParamSpec, Tree, map_specs
@@ -165,7 +165,7 @@ def axis_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
-def abstract(specs: Tree, mesh: Mesh, dtype: Any = np.float32) -> Tree:
+def abstract(specs: Tree, mesh: Mesh | AbstractMesh, dtype: Any = np.float32) -> Tree:
     """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh."""
 
     def one(s: ParamSpec) -> jax.ShapeDtypeStruct:
@@ -176,7 +176,7 @@ def abstract(specs: Tree, mesh: Mesh, dtype: Any = np.float32) -> Tree:
     return map_specs(one, specs)
 
 
-def on_mesh(mesh: Mesh, tree: Tree) -> Tree:
+def on_mesh(mesh: Mesh | AbstractMesh, tree: Tree) -> Tree:
     """Abstract leaves (from `jax.eval_shape`) with shardings on this mesh, for init, restore and ahead-of-time use
     alike.
 

@@ -49,9 +49,6 @@ def need(holds: bool, what: str) -> None:
         raise Different(what)
 
 
-# --------------------------------------------------------------------------------------------------------------- blows
-
-
 @dataclasses.dataclass(frozen=True)
 class Blow:
     """A signal at a moment.
@@ -75,18 +72,26 @@ class Blow:
         return f"{self.number.name[3:]} {'+'.join(map(str, self.victims))} {self.moment}{where}"
 
 
-def random_blow(choice: random.Random, processes: int, newest: int | None, start_seconds: float) -> Blow:
-    """A blow for a run whose newest checkpoint is of that step (None: it has none)."""
+def random_blow(choice: random.Random, run: Run) -> Blow:
+    """A blow for a run as it is now."""
 
     def one_of(weights: dict[Any, int]) -> Any:
         return choice.choices(list(weights), list(weights.values()))[0]
 
-    everyone = tuple(range(processes))
+    everyone, newest = tuple(range(run.processes)), run.newest or 0
     victims = choice.choice([everyone, *((i,) for i in everyone)])
     late = choice.random() < 0.8
     moment = one_of(LATE if late else EARLY)
-    step = choice.randint(min((newest or 0) + 2, STEPS - 2), min((newest or 0) + 2 * EVERY + 9, STEPS - 2))
-    delays = {"starting": start_seconds, "tokenising": 0.05, "compiling": 2.0, "retiring": 0.005, "ending": 1.0}
+    if moment == "ending" and run.resumes < 1:  # what comes after it would find nothing left to do
+        moment = "saving"
+    step = choice.randint(min(newest + 2, STEPS - 2), min(newest + 2 * EVERY + 2, STEPS - 2))
+    delays = {
+        "starting": run.reference.start_seconds,
+        "tokenising": 0.05,
+        "compiling": 2.0,
+        "retiring": 0.005,
+        "ending": 1.0,
+    }
     delay = choice.uniform(0, delays.get(moment, 0.03))
     return Blow(one_of(SIGNALS), moment, step if late else 0, delay, victims)
 
@@ -112,9 +117,6 @@ def moment_of(blow: Blow, job: Job, cache: Path) -> Callable[[], bool]:
         "retiring": lambda: training() and retiring(),
         "ending": lambda: training() and jobs.last_step(run) >= STEPS,
     }[blow.moment]
-
-
-# ---------------------------------------------------------------------------------------------------------------- world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +163,6 @@ def timeless(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in jobs.records(workdir)]
 
 
-# ----------------------------------------------------------------------------------------------------------------- a run
-
-
 class Run:
     """One run: struck, started again, and compared.
 
@@ -202,7 +201,7 @@ class Run:
         before, job = self.newest, self.start()
         try:
             came = job.wait_for(moment_of(blow, job, self.cache), PATIENCE)
-            time.sleep(blow.delay)
+            self._delay(job, blow)
             job.strike(blow.number, blow.victims)
             statuses = self._end(job, blow)
         finally:
@@ -226,7 +225,11 @@ class Run:
         self._check_disk(before)
         self._compare()
 
-    # ------------------------------------------------------------------------------------------------------- what is left
+    def _delay(self, job: Job, blow: Blow) -> None:
+        if blow.moment == "starting":  # on a machine that has become faster it is over sooner
+            job.wait_for(lambda: "compiling" in job.said(), blow.delay)
+        else:
+            time.sleep(blow.delay)
 
     def _end(self, job: Job, blow: Blow) -> list[int]:
         """The exit statuses. What waits for a process that is gone is left to notice it, once training goes on."""
@@ -277,7 +280,9 @@ class Run:
     def _check_disk(self, before: int | None) -> None:
         """No committed step is gone, and the steps up to the newest are all on record, once each."""
         newest = self.newest
-        need(before is None or (newest or 0) >= before, f"checkpoint {before} was committed, and now {newest} is newest")
+        need(
+            before is None or (newest or 0) >= before, f"checkpoint {before} was committed, and now {newest} is newest"
+        )
         kept = set(range(KEEP_EVERY, (newest or 0) + 1, KEEP_EVERY))
         need(kept <= set(jobs.checkpoints(self.workdir)), f"{sorted(kept)} are kept for good, and not all are there")
         steps = [r["step"] for r in jobs.records(self.workdir) if r["kind"] == "step"]
@@ -306,13 +311,10 @@ def chaos_run(world: World, name: str, processes: int, choice: random.Random) ->
     run = Run(world, name, processes)
     blows = choice.randint(2, 4)
     while len(run.blows) < blows or (run.resumes < 1 and len(run.blows) < 8):
-        if not run.strike(random_blow(choice, processes, run.newest, run.reference.start_seconds)):
+        if not run.strike(random_blow(choice, run)):
             break
     run.finish()
     return run
-
-
-# ------------------------------------------------------------------------------------------------------------ the command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -327,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for processes in counts:
         began = time.monotonic()
         seconds = world.reference(processes).start_seconds
-        print(f"reference of {processes}: {time.monotonic() - began:.0f} s, {seconds:.1f} s to its first step", flush=True)
+        print(
+            f"reference of {processes}: {time.monotonic() - began:.0f} s, {seconds:.1f} s to its first step", flush=True
+        )
     wrong, blows, resumes, alone, began = 0, 0, 0, 0.0, time.monotonic()
     for n in range(1, options.runs + 1):
         processes, at = counts[n % len(counts)], time.monotonic()
@@ -341,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(run.folder)
         left = (time.monotonic() - began) / n * (options.runs - n)
         what = ", ".join(map(str, run.blows))
-        print(f"run {n} ({processes}): {time.monotonic() - at:.0f} s, {run.resumes} resumes: {what}; {left / 60:.0f} min left")
+        seconds = time.monotonic() - at
+        print(f"run {n} ({processes}): {seconds:.0f} s, {run.resumes} resumes: {what}; {left / 60:.0f} min left")
         sys.stdout.flush()
     print(f"{options.runs} runs, {blows} blows, {resumes} resumes, {wrong} wrong; seed {options.seed}")
     if alone:

@@ -66,6 +66,7 @@ def train(
         _tell(data.description, *data.notes)
         config = config.with_vocab(data.tokenizer.vocab_size)
         sets = _evaluation_sets(config, data)
+        _prompt(config, data)  # a mistake in it shows before anything compiles
         program = make_program(config, mesh, make_objective(config))
         _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
@@ -239,22 +240,34 @@ def _evaluate(program: Program, state: TrainState, sets: dict[str, TextSet]) -> 
 
 def _sample(program: Program, state: TrainState, data: Prepared, log: RunLog, step: int) -> None:
     """Writes down how the model continues the config's prompt."""
-    config = program.config
-    if config.evaluation.prompt is None:
+    config, tokenizer = program.config, data.tokenizer
+    prompt, ids = _prompt(config, data)
+    if not ids:
         return
-    tokenizer, boundary = data.tokenizer, data.tokenizer.boundary
-    prompt = config.evaluation.prompt or ("" if boundary is not None else "\n")
-    try:
-        ids = tokenizer.encode(prompt).tolist()
-    except UserError as e:
-        raise ConfigError("evaluation.prompt", str(e)) from e
     (tokens,) = generate(
         state.params if state.ema is None else state.ema,
-        [([] if boundary is None else [boundary]) + ids],
+        [ids],
         c=config.model,
         max_tokens=config.evaluation.sample_tokens,
         sampling=SamplingConfig(),
         seed=0,
-        stop_id=boundary,
+        stop_id=tokenizer.boundary,
     )
     log.sample(step, prompt, tokenizer.decode(tokens))
+
+
+def _prompt(config: RunConfig, data: Prepared) -> tuple[str, list[int]]:
+    """What samples go on from, as text and as ids; no ids where there are to be no samples.
+
+    Raises:
+      ConfigError: where the tokenizer cannot encode it.
+    """
+    if config.evaluation.prompt is None:
+        return "", []
+    boundary = data.tokenizer.boundary
+    text = config.evaluation.prompt or ("" if boundary is not None else "\n")
+    try:
+        ids = data.tokenizer.encode(text).tolist()
+    except UserError as e:
+        raise ConfigError("evaluation.prompt", str(e)) from e
+    return text, ([] if boundary is None else [boundary]) + ids

@@ -40,12 +40,16 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def abstract_state(
-    specs: Tree, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, ema: bool = False
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The state as shapes, dtypes and shardings: the optimizer's state is laid out as the parameters that it is made
-    from."""
+    from. The mesh may be one of devices that are not here."""
     params = abstract(specs, mesh)
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(lambda p: _state(p, optimizer, jax.random.key(0), ema), params)
     return on_mesh(mesh, state)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent / "configs"
 # Vocabularies that a tokenizer decides and no config can tell: the characters of tinyshakespeare.
 CHARACTERS = {"shakespeare_char": 65}
-VARIANTS = {"tiny": ("adafactor",)}
+VARIANTS = {"tiny": ("adamw", "adafactor")}
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Jobs of one or more real processes of `python -m launch.train` on the small run: started, watched, signalled, read."""
+"""Jobs of one or more processes of `python -m launch.train` on the small run: started, watched, signalled, read."""
 
 from __future__ import annotations
 
@@ -129,9 +129,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-# ------------------------------------------------------------------------------------------------ what a run has on disk
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,23 @@ from ml_collections import ConfigDict
 
 from configs.base import base
 
-WORDS = "the cat sat on a mat and one old dog ran over green hills with joy while rain fell 今日 naïve".split()
+WORDS = [
+    "the",
+    "cat",
+    "and",
+    "one",
+    "old",
+    "dog",
+    "ran",
+    "over",
+    "green",
+    "hills",
+    "while",
+    "rain",
+    "fell",
+    "今日",
+    "naïve",
+]
 
 
 def get_config() -> ConfigDict:
