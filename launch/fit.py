@@ -1,4 +1,4 @@
-"""Whether a config fits the machine, before anything is made: what it needs, what is there, and the nearest that fits."""
+"""Whether a config fits the machine, told before anything is made: what it needs, what is there, and what would fit."""
 
 from __future__ import annotations
 
@@ -69,10 +69,29 @@ def _need(config: RunConfig, devices: int) -> dict[str, int]:
 
 def _remedy(config: RunConfig, devices: int, available: int) -> str:
     """The nearest setting of this config that fits; if there is none, the largest shipped config that does."""
+    keys = _fitting(config, devices, available)
+    if keys is not None:
+        return f"this fits:{_as_flags(keys)}"
+    size = count(transformer_specs(config.model))
+    for name in SHIPPED:
+        other = _with_vocabulary(build(RunConfig, load(str(CONFIGS / f"{name}.py"))))
+        if count(transformer_specs(other.model)) < size:
+            keys = _fitting(dataclasses.replace(other, mesh=config.mesh), devices, available)
+            if keys is not None:
+                return f"the nearest shipped config that fits: --config=configs/{name}.py{_as_flags(keys)}"
+    return "no shipped config fits: use a machine with more memory"
+
+
+def _fitting(config: RunConfig, devices: int, available: int) -> dict[str, Any] | None:
+    """What to change for the config to fit; None where nothing that keeps its model and its batch does."""
+
+    def state(mesh: Any) -> Any:
+        return _state(config, mesh)
+
     train = config.train
-    keys = costs.suggest(
+    return costs.suggest(
         config.model,
-        lambda mesh: _state(config, mesh),
+        state,
         config.mesh,
         devices,
         available,
@@ -81,29 +100,7 @@ def _remedy(config: RunConfig, devices: int, available: int) -> str:
         remat=train.remat,
         microbatches=train.microbatches,
     )
-    if keys:
-        return "this fits: " + " ".join(f"--config.{key}={value}" for key, value in keys.items())
-    size = count(transformer_specs(config.model))
-    for name in SHIPPED:
-        other = _with_vocabulary(build(RunConfig, load(str(CONFIGS / f"{name}.py"))))
-        if count(transformer_specs(other.model)) >= size:
-            continue
-        other = dataclasses.replace(other, mesh=config.mesh)
-        sizes = other.mesh.sizes(devices)
-        if other.train.batch_size % (sizes["data"] * sizes["fsdp"] * other.train.microbatches):
-            continue
-        fits = costs.suggest(
-            other.model,
-            lambda mesh, other=other: _state(other, mesh),
-            other.mesh,
-            devices,
-            available,
-            batch_size=other.train.batch_size,
-            length=other.train.length,
-            remat=other.train.remat,
-            microbatches=other.train.microbatches,
-        )
-        if fits is not None:
-            settings = "".join(f" --config.{key}={value}" for key, value in fits.items())
-            return f"the nearest shipped config that fits: --config=configs/{name}.py{settings}"
-    return "no shipped config fits: use a machine with more memory"
+
+
+def _as_flags(keys: dict[str, Any]) -> str:
+    return "".join(f" --config.{key}={value}" for key, value in keys.items())

@@ -176,7 +176,8 @@ def test_each_part_answers_to_its_cause() -> None:
     adafactor = estimate(program(dict(batch_size=8, length=64), optimizer="adafactor"))
     assert sum(v for k, v in plain.items() if k != "total") == plain["total"]
     assert 1.5 * plain["activations"] < rows["activations"] < 2 * plain["activations"]  # weights are kept once
-    assert remat["activations"] < plain["activations"] / 5
+    stream = 8 * 64 * 128 * 4  # what goes into each of the four blocks and into the last norm
+    assert 5 * stream < remat["activations"] < 5.5 * stream
     assert remat["working"] > plain["working"]
     assert parts["gradients"] == 2 * plain["gradients"] and parts["activations"] < plain["activations"]
     assert plain["optimizer"] > 2 * plain["parameters"] > adafactor["optimizer"]

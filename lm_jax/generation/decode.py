@@ -116,7 +116,7 @@ def _limits(
 
 
 def _place(params: Params, c: TransformerConfig) -> tuple[Params, Mesh]:
-    """The parameters on a mesh whose `sequence` is 1: decoding has no length to split, its devices take rows instead."""
+    """The parameters on a mesh whose `sequence` is 1: decoding has no length to split, so its devices take rows."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
         mesh = one_device_mesh()
@@ -131,6 +131,7 @@ def _place(params: Params, c: TransformerConfig) -> tuple[Params, Mesh]:
 
     def move(a: Array) -> Array:
         """Weights are not split over data or sequence: every device keeps the part that it has."""
+        assert isinstance(a.sharding, NamedSharding)
         parts = [s.data for s in a.addressable_shards]
         return jax.make_array_from_single_device_arrays(a.shape, NamedSharding(mesh, a.sharding.spec), parts)
 
@@ -140,8 +141,8 @@ def _place(params: Params, c: TransformerConfig) -> tuple[Params, Mesh]:
 class _Loop(NamedTuple):
     """What the loop carries.
 
-    Attributes: how many tokens are drawn, and which; how many of them count in each row; which rows are done; the cache,
-    and what it says of the next token; whether all logits of open rows were finite.
+    Attributes: how many tokens are drawn, and which; how many of them count in each row; which rows are done; the
+    cache, and what it says of the next token; whether all logits of open rows were finite.
     """
 
     drawn: Array
@@ -176,14 +177,14 @@ def _generate(
         stopped_B = state.done_B | (token_B == stop_id)
         tokens_BM = jax.lax.dynamic_update_slice_in_dim(state.tokens_BM, token_B[:, None], state.drawn, 1)
         count_B = state.count_B + ~stopped_B
-        x_B1D, cache = hidden(params, token_B[:, None], c=c, cache=state.cache)
+        following_BV, cache = _follow(params, token_B[:, None], state.cache, c)
         return _Loop(
             drawn=state.drawn + 1,
             tokens_BM=tokens_BM,
             count_B=count_B,
             done_B=stopped_B | (count_B >= limit_B),
             cache=cache,
-            logits_BV=_next_logits(params, x_B1D, c),
+            logits_BV=following_BV,
             finite=state.finite & _finite(state),
         )
 
@@ -204,14 +205,19 @@ def _read(
     Prompts are padded behind their end, where no token of theirs looks; then the cache is told their true lengths, so
     that new keys take the padding's places one by one, and what is left of it is behind every query.
     """
-    x_BPD, cache = hidden(params, tokens_BP, c=c, cache=cache)
-    last_BP = jnp.arange(tokens_BP.shape[1]) == (length_B - 1)[:, None]
-    x_B1D = jnp.sum(jnp.where(last_BP[:, :, None], x_BPD, 0), 1, keepdims=True)
-    return _next_logits(params, x_B1D, c), cache._replace(length=jnp.broadcast_to(length_B, cache.length.shape))
+    following_BV, cache = _follow(params, tokens_BP, cache, c, length_B - 1)
+    return following_BV, cache._replace(length=jnp.broadcast_to(length_B, cache.length.shape))
 
 
-def _next_logits(params: Params, x_B1D: Array, c: TransformerConfig) -> Array:
-    return constrain(logits(params, x_B1D, c=c)[:, 0], "batch", None)
+def _follow(
+    params: Params, tokens_BT: Array, cache: KeyValueCache, c: TransformerConfig, at_B: Array | int = 0
+) -> tuple[Array, KeyValueCache]:
+    """The logits `[B, V]` behind the token at place `at` of each row, and the cache with all these tokens."""
+    x_BTD, longer = hidden(params, tokens_BT, c=c, cache=cache)
+    assert longer is not None
+    here_BT = jnp.arange(tokens_BT.shape[1]) == jnp.reshape(jnp.asarray(at_B), (-1, 1))
+    x_B1D = jnp.sum(jnp.where(here_BT[:, :, None], x_BTD, 0), 1, keepdims=True)
+    return constrain(logits(params, x_B1D, c=c)[:, 0], "batch", None), longer
 
 
 def _finite(state: _Loop) -> Array:

@@ -23,7 +23,8 @@ class SamplingConfig:
       top_k: only the k most probable tokens can be drawn, and those exactly as probable as the k-th; None: all
         (Fan et al. 2018, arXiv:1805.04833).
       top_p: only the nucleus can be drawn: the most probable tokens, taken in order until their probabilities add up to
-        p or more, and those exactly as probable as the last of them; None: all (Holtzman et al. 2019, arXiv:1904.09751).
+        p or more, and those exactly as probable as the last of them; None: all (Holtzman et al. 2019,
+        arXiv:1904.09751).
     """
 
     temperature: float = 1.0

@@ -6,6 +6,7 @@ optimizer = nnx.Optimizer(module, optax.adamw(1e-3), wrt=nnx.Param)
 params = to_params(module)
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +67,17 @@ def transformer_module(params: Tree, c: TransformerConfig) -> FunctionalModule:
       c: the model's config.
     """
 
-    def apply(
-        params: Tree, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None
-    ) -> Array:
-        x_BTD, _ = hidden(params, tokens_BT, c=c, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
-        return logits(params, x_BTD, c=c)
+    return FunctionalModule(params, _Forward(c))
 
-    return FunctionalModule(params, apply)
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """Compares by its config, so that a second module of the same model finds the first one's functions compiled."""
+
+    c: TransformerConfig
+
+    def __call__(
+        self, params: Tree, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None
+    ) -> Array:
+        x_BTD, _ = hidden(params, tokens_BT, c=self.c, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
+        return logits(params, x_BTD, c=self.c)

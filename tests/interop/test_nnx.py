@@ -25,9 +25,9 @@ def gradient(module: FunctionalModule) -> nnx.State:
     return nnx.grad(lambda m: jnp.mean(jnp.square(m(TOKENS))))(module)
 
 
-@pytest.fixture(scope="module", params=["rms", "rms_no_gain"])
-def model(request: pytest.FixtureRequest) -> tuple:
-    c = tiny.config(norm=request.param)
+@pytest.fixture(scope="module")
+def model() -> tuple:
+    c = tiny.config()
     params = tiny.parameters(c)
     return c, params, transformer_module(params, c)
 
@@ -46,6 +46,13 @@ def test_logits_and_parameters(model: tuple) -> None:
     same(to_params(module), params)
     names = {path for path, _ in nnx.to_flat_state(nnx.state(module.params, nnx.Param))}
     assert ("blocks", "attention", "query") in names and len(names) == len(jax.tree.leaves(params))
+
+
+def test_a_norm_without_gains_stays_in_the_tree() -> None:
+    c = tiny.config(norm="rms_no_gain")
+    params = tiny.parameters(c)
+    assert params["final_norm"] == {}
+    same(to_params(transformer_module(params, c)), params)
 
 
 def test_gradients(model: tuple) -> None:
