@@ -43,6 +43,9 @@ from lm_jax.errors import ConfigError, Failure, UserError
 USER_MISTAKE, FAILED = 2, 1
 MAX_LINES = 3
 
+# Of these two a run has one: who gives it on the command line need not unset the config's other.
+EITHER = (("train.steps", "train.tokens"), ("train.tokens", "train.steps"))
+
 Main = Callable[..., int | None]  # main(), or main(config)
 
 
@@ -226,6 +229,7 @@ def overridden(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) 
     Raises:
       ConfigError: an unknown key, with the nearest known one, or a value of another type.
     """
+    given = {key for key, _ in overrides}
     for key, text in overrides:
         section, name = _find(config, key)
         if name not in section and section.is_locked:
@@ -237,7 +241,18 @@ def overridden(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) 
             section[name] = value
         except TypeError:
             raise ConfigError(f"--config.{key}", f"{text!r} is not of type {kind.__name__}") from None
+        for one, other in EITHER:
+            if key == one and value is not None and other not in given:
+                _set_none(config, other)
     return config
+
+
+def _set_none(config: ConfigDict, key: str) -> None:
+    """Sets a key to None where the config has it."""
+    section, _, name = key.rpartition(".")
+    inner = config.get(section)
+    if isinstance(inner, ConfigDict) and name in inner:
+        inner[name] = None
 
 
 def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -152,6 +152,28 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def split_dim(x: jax.Array, dim: int, major: int, minor: int) -> jax.Array:
+    """Dimension `dim` as two, `[major, minor]`, the major one split over the mesh as the whole was: nothing moves.
+
+    (A plain reshape forgets how dimensions of size 1 are laid out, which is part of an array's type.)
+    """
+    spec = jax.typeof(x).sharding.spec
+    shape = (*x.shape[:dim], major, minor, *x.shape[dim + 1 :])
+    return _reshape(x, shape, (*spec[: dim + 1], None, *spec[dim + 1 :]))
+
+
+def merge_dims(x: jax.Array, dim: int) -> jax.Array:
+    """Dimensions `dim` and `dim + 1` as one, laid out as `dim` was; the other must be whole."""
+    spec = jax.typeof(x).sharding.spec
+    shape = (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :])
+    return _reshape(x, shape, (*spec[: dim + 1], *spec[dim + 2 :]))
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    meshless = jax.sharding.get_abstract_mesh().empty
+    return jax.lax.reshape(x, shape, out_sharding=None if meshless else PartitionSpec(*spec))
+
+
 def platform() -> str:
     """What the devices of the current mesh are (`cpu`, `tpu`, `gpu`, ...), also where they are only described; without a
     mesh, the default backend."""

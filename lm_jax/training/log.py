@@ -43,7 +43,7 @@ class RunLog:
         train = config.train
         self._length, self._tokens_per_step = train.length, train.tokens_per_step
         self._flops = costs.flops_per_token(config.model, train.length)
-        peak = costs.peak_flops(jax.devices()[0].device_kind)
+        peak = costs.peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
         self._peak = peak and peak * jax.device_count()
         plain = redact(to_dict(config))
         mirrors = [WandbWriter(train.wandb, directory, plain)] if train.wandb and self.active else []

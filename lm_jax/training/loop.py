@@ -61,19 +61,18 @@ def train(
         stack.enter_context(jax.set_mesh(mesh))
         if jax.process_index() == 0:
             stack.enter_context(paths.lock(directory))
-        _tell(f"{mesh.size} x {jax.devices()[0].device_kind}: {_layout(mesh)}")
         data = prepare(config.data, length=config.train.length, seed=config.train.seed)
-        _tell(data.description, *data.notes)
         config = config.with_vocab(data.tokenizer.vocab_size)
         sets = _evaluation_sets(config, data)
         _prompt(config, data)  # a mistake in it shows before anything compiles
         program = make_program(config, mesh, make_objective(config))
-        _tell(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
+        about = [f"{mesh.size} x {jax.devices()[0].device_kind}: {_layout(mesh)}", data.description, *data.notes]
+        about.append(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
         # --------------------------------------------------------------------------------------------- state or restore
         checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
         stack.callback(checkpoints.close)
-        state, step, rows = _start(program, checkpoints, data)
+        state, step, rows = _start(program, checkpoints, data, about)
         total = config.train.total_steps
         facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
@@ -143,25 +142,32 @@ def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
     return sets
 
 
-def _start(program: Program, checkpoints: Checkpointer, data: Prepared) -> tuple[TrainState, int, int]:
-    """The state to begin with, the steps done and the rows consumed: restored, from another run's weights, or fresh."""
-    config, done = program.config, {"step": 0, "rows": 0}
+def _start(
+    program: Program, checkpoints: Checkpointer, data: Prepared, about: list[str]
+) -> tuple[TrainState, int, int]:
+    """The state to begin with, the steps done and the rows consumed: restored, from another run's weights, or fresh.
+
+    Tells what the run is about once nothing of it can be refused: a mistake has the terminal to itself.
+    """
+    config, done, other = program.config, {"step": 0, "rows": 0}, None
     if checkpoints.latest is not None:
         done = checkpoints.read_metadata()
-        _check_same_run(done, config, data)
+        about = [*about, *_check_same_run(done, config, data)]
+    elif config.train.init_from is not None:
+        reader = CheckpointReader(paths.run_path(config.train.init_from) / "checkpoints", _tell)
+        other = reader.restore_params(program.abstract.params, ema=True)
+        about = [*about, f"starting from the weights of {config.train.init_from}, checkpoint {other.step}"]
     data.check_epochs(done["rows"] + (config.train.total_steps - done["step"]) * config.train.batch_size)
+    _tell(*about)
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
         _tell(f"going on from checkpoint {restored.step}")
         return restored.tree, restored.step, restored.metadata["rows"]
-    if config.train.init_from is None:
-        return program.init(), 0, 0
-    other = CheckpointReader(paths.run_path(config.train.init_from) / "checkpoints", _tell)
-    weights = other.restore_params(program.abstract.params, ema=True)
-    _tell(f"starting from the weights of {config.train.init_from}, checkpoint {weights.step}")
     state = program.init()
-    average = None if state.ema is None else jax.tree.map(lambda a: a.copy(), weights.tree)
-    return state.replace(params=weights.tree, ema=average), 0, 0
+    if other is None:
+        return state, 0, 0
+    average = None if state.ema is None else jax.tree.map(lambda a: a.copy(), other.tree)
+    return state.replace(params=other.tree, ema=average), 0, 0
 
 
 def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:
@@ -173,8 +179,8 @@ def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:
     }
 
 
-def _check_same_run(metadata: dict[str, Any], config: RunConfig, data: Prepared) -> None:
-    """Tells what differs from the run that saved a checkpoint.
+def _check_same_run(metadata: dict[str, Any], config: RunConfig, data: Prepared) -> list[str]:
+    """What differs from the run that saved a checkpoint, a line each.
 
     Raises:
       UserError: where it is something that makes it another run.
@@ -188,7 +194,7 @@ def _check_same_run(metadata: dict[str, Any], config: RunConfig, data: Prepared)
             'give another workdir, or go on all the same with checkpoint.accept = ("model",)'
         )
     lines = compare(metadata, {"identity": _identity(config, data), "config": new}, config.checkpoint.accept)
-    _tell(*(f"changed: {line}" for line in lines))
+    return [f"changed: {line}" for line in lines]
 
 
 def _metadata(config: RunConfig, data: Prepared, step: int, rows: int) -> dict[str, Any]:

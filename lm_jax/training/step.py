@@ -10,6 +10,7 @@ import optax
 
 from lm_jax.data.loader import batch_hash
 from lm_jax.objectives.objective import Objective
+from lm_jax.sharding import split_dim
 from lm_jax.training.optimizers import ema_update
 from lm_jax.training.state import TrainState
 
@@ -47,7 +48,7 @@ def make_train_step(
         sums, extra, gradients = _gradients(objective, state, batch, weights, key, microbatches)
         terms = {name: sums[name] / jnp.maximum(weights[name], 1e-9) for name in sums}
         loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
@@ -109,4 +110,4 @@ def _gradients(
 
 def _split_rows(a: Array, parts: int) -> Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`, taking every parts-th row: no row leaves its device."""
-    return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
+    return jnp.moveaxis(split_dim(a, 0, a.shape[0] // parts, parts), 1, 0)

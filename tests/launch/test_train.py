@@ -1,4 +1,4 @@
-"""`python -m launch.train` as it is started: exit statuses, what mistakes look like, disks that are full or read-only."""
+"""`python -m launch.train` as it is started: exit statuses, what mistakes look like, full and read-only disks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """What somebody types, and words that the answer must have. `{tmp}` is a folder; `inside`: lines of a config file."""
+    """What somebody types, and words that the answer must have. `{tmp}` is a folder; `inside`: a config file's line."""
 
     options: str
     words: tuple[str, ...]
@@ -37,14 +37,16 @@ class Mistake:
 
 MISTAKES = {
     "a typo": Mistake("--config.optimizer.lerning_rate=1", ("lerning_rate", "optimizer.learning_rate")),
-    "a typo in the file": Mistake("", ("train.stepz", "line 6", "train.steps"), "config.train.stepz = 5"),
+    "a typo in the file": Mistake("", ("stepz", "line 6", "did you mean steps"), "config.train.stepz = 5"),
     "a flag's typo": Mistake("--workdri=x", ("workdri", "--workdir")),
     "no such config": Mistake("--config={tmp}/confg.py", ("confg.py", "config.py")),
     "no such variant": Mistake("--config=configs/tiny.py:adam", ("'adam'", "adafactor")),
     "words for a number": Mistake("--config.train.steps=many", ("train.steps", "'many'", "whole number")),
     "no such source": Mistake("--config.data.source={tmp}/nothing", ("data.source", "nothing")),
     "an empty source": Mistake("--config.data.source={tmp}/empty", ("empty",)),
-    "heads that do not divide": Mistake("--config.model.heads=3", ("model.heads", "3", "2")),
+    "heads that do not divide": Mistake(
+        "--config.model.heads=3", ("model.kv_heads", "3 query heads", "2 key-value heads")
+    ),
     "a rate that is no number": Mistake("--config.optimizer.learning_rate=nan", ("optimizer.learning_rate", "nan")),
     "a negative rate": Mistake("--config.optimizer.learning_rate=-1", ("optimizer.learning_rate", "-1")),
     "zero layers": Mistake("--config.model.layers=0", ("model.layers", "0", "1 or more")),
@@ -53,7 +55,7 @@ MISTAKES = {
     "a batch that does not divide": Mistake("--config.train.batch_size=5", ("train.batch_size", "5", "nearest")),
     "micro-batches that do not divide": Mistake("--config.train.microbatches=3", ("train.microbatches", "3", "4")),
     "steps and tokens": Mistake("--config.train.tokens=1000", ("train.steps", "80", "1000", "both")),
-    "steps and tokens in the file": Mistake("", ("train.steps", "80", "1e3", "both"), "config.train.tokens = 1000"),
+    "steps and tokens in the file": Mistake("", ("train.steps", "80", "1000", "both"), "config.train.tokens = 1000"),
     "a rate in the file": Mistake("", ("optimizer.learning_rate", "nan"), "config.optimizer.learning_rate = math.nan"),
     "too many passes": Mistake("--config.train.steps=100000", ("data.max_epochs", "passes")),
     "too few ids": Mistake("--config.model.vocab=100", ("model.vocab", "100", "257")),
@@ -119,7 +121,7 @@ def test_a_mistake_in_a_process(name: str, text: Path, tmp_path: Path) -> None:
     check(MISTAKES[name], done.returncode, done.stdout, done.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------- statuses and disks
+# --------------------------------------------------------------------------------------------------- statuses and disks
 
 
 @pytest.mark.xdist_group("processes")
