@@ -19,7 +19,6 @@ runtime.define_process_flags(FLAGS)
 
 
 def main(config: ConfigDict) -> int:
-    runtime.exit_on_signals()
     from lm_jax.config import build
     from lm_jax.paths import run_path
     from lm_jax.training.run import RunConfig
@@ -42,4 +41,5 @@ def main(config: ConfigDict) -> int:
 
 
 if __name__ == "__main__":
+    runtime.exit_on_signals()
     cli.run(main, FLAGS, config=True)

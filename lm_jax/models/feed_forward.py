@@ -20,8 +20,13 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """Attributes: the kind, the width of the residual stream, and the width inside (None: the kind's usual
-    multiple)."""
+    """A feed-forward layer.
+
+    Attributes:
+      embed: width of the residual stream.
+      feed_forward: the kind: `swiglu` or `squared_relu`.
+      feed_forward_dim: the width inside; None: the kind's usual multiple of `embed`.
+    """
 
     embed: int = 256
     feed_forward: str = "swiglu"

@@ -21,8 +21,12 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Attributes: the kind of norm (`rms`, or `rms_no_gain` without parameters), and what is added to the mean
-    square."""
+    """The norms of a model.
+
+    Attributes:
+      norm: the kind: `rms`, or `rms_no_gain` without parameters.
+      norm_epsilon: what is added to the mean square.
+    """
 
     norm: Literal["rms", "rms_no_gain"] = "rms"
     norm_epsilon: float = 1e-6

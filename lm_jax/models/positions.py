@@ -21,7 +21,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionConfig:
-    """Attributes: the encoding's name, and the base of the rotary wavelengths (longest: `2 pi * base` tokens)."""
+    """How a model knows where a token stands.
+
+    Attributes:
+      position: the encoding: `rope` or `none`.
+      rope_base: base of the rotary wavelengths; the longest is `2 pi * base` tokens.
+    """
 
     position: str = "rope"
     rope_base: float = 10_000.0

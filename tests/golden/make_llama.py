@@ -44,7 +44,11 @@ def make(tied: bool) -> dict[str, np.ndarray]:
         tokens = torch.randint(SETTINGS["vocab_size"], (ROWS, LENGTH))
         logits = model(tokens).logits
     weights = {name: w.numpy() for name, w in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     settings = SETTINGS | {"tie_word_embeddings": tied}
     return {
         **weights,

@@ -54,7 +54,9 @@ MISTAKES = {
     "a mesh that leaves devices": Mistake("--config.mesh.data=1", ("mesh", "2 devices", "-1")),
     "a batch that does not divide": Mistake("--config.train.batch_size=5", ("train.batch_size", "5", "nearest")),
     "micro-batches that do not divide": Mistake("--config.train.microbatches=3", ("train.microbatches", "3", "4")),
-    "steps and tokens": Mistake("--config.train.tokens=1000", ("train.steps", "80", "1000", "both")),
+    "steps and tokens": Mistake(
+        "--config.train.steps=80 --config.train.tokens=1000", ("train.steps", "80", "1000", "both")
+    ),
     "steps and tokens in the file": Mistake("", ("train.steps", "80", "1000", "both"), "config.train.tokens = 1000"),
     "a rate in the file": Mistake("", ("optimizer.learning_rate", "nan"), "config.optimizer.learning_rate = math.nan"),
     "too many passes": Mistake("--config.train.steps=100000", ("data.max_epochs", "passes")),
@@ -102,7 +104,6 @@ def test_a_mistake(
         pytest.skip("of two devices: as a process")
     if "process flags" not in name:
         monkeypatch.setattr(train.runtime, "start", lambda values, config: None)
-    monkeypatch.setattr(train.runtime, "exit_on_signals", lambda: None)
     monkeypatch.setattr("lm_jax.training.program.init_state", None)  # nothing may get as far as compiling
     command = ["train", *arguments(MISTAKES[name], text, tmp_path)]
     try:
@@ -124,34 +125,41 @@ def test_a_mistake_in_a_process(name: str, text: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- statuses and disks
 
 
+LONG = ("--config.train.steps=100000", "--config.data.max_epochs=1000000", "--config.optimizer.schedule=constant")
+
+
+def _command(run: Path, text: Path) -> list[str]:
+    return [f"--config={CONFIG}", f"--workdir={run}", f"--config.data.source={text}", *LONG]
+
+
+def _devices(n: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+
+
 @pytest.mark.xdist_group("processes")
 def test_stopped_and_finished_on_another_mesh(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    job = Job(run, text, tmp_path / "first", env=one)
+    job = Job(run, text, tmp_path / "first", options=LONG, env=_devices(1))
     try:
         assert job.wait_for(lambda: jobs.last_step(run) >= 5, 300), job.said()
         refused = run_module("launch.train", *_command(run, text), check=False)
-        assert refused.returncode == 2 and f"in use by process {job.processes[0].pid}" in refused.stderr
+        assert (refused.returncode, job.statuses) == (2, [None])
+        assert f"in use by process {job.processes[0].pid}" in refused.stderr
         job.strike(SIGTERM, [0])
-        assert job.wait(300) == [75]
+        assert job.wait(300) == [75], job.said()
     finally:
         job.kill()
     step = jobs.last_step(run)
-    assert jobs.checkpoints(run)[-1] == step and f"saved at step {step} of" in (run / "report.md").read_text()
-    job = Job(run, text, tmp_path / "second", env=two, options=["--config.mesh.fsdp=2"])
+    assert jobs.checkpoints(run)[-1] == step and f"Saved at step {step} of" in (run / "report.md").read_text("utf-8")
+    options = [*LONG, "--config.mesh.fsdp=2", f"--config.train.steps={step + 5}"]
+    job = Job(run, text, tmp_path / "second", env=_devices(2), options=options)
     try:
         assert job.wait(300) == [0], job.said()
     finally:
         job.kill()
     assert "changed: mesh.fsdp: 1 -> 2\n" in job.said() and f"going on from checkpoint {step}\n" in job.said()
     steps = [r["step"] for r in jobs.records(run) if r["kind"] == "step"]
-    assert steps == list(range(1, 81))
-
-
-def _command(run: Path, text: Path) -> list[str]:
-    return [f"--config={CONFIG}", f"--workdir={run}", f"--config.data.source={text}", "--config.train.steps=100000"]
+    assert steps == list(range(1, step + 6))
 
 
 @pytest.fixture
@@ -190,14 +198,12 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(text: Path, small_disk: Path
 
 @pytest.mark.xdist_group("processes")
 def test_a_file_that_may_not_grow_ends_the_run(text: Path, tmp_path: Path) -> None:
-    """For machines without the right to mount: no file may be larger than 20 kB, which metrics.jsonl will be."""
+    """As a full disk does, also where nobody may mount one."""
     run = tmp_path / "run"
-    warm = Job(tmp_path / "warm", text, tmp_path / "warm_log", options=["--config.train.steps=1"])
-    assert warm.wait(300) == [0], warm.said()
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # less than the arrays of a checkpoint
     try:
-        job = Job(run, text, tmp_path / "log", options=["--config.train.steps=1000", "--config.data.max_epochs=99"])
+        job = Job(run, text, tmp_path / "log")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     try:
@@ -205,6 +211,7 @@ def test_a_file_that_may_not_grow_ends_the_run(text: Path, tmp_path: Path) -> No
     finally:
         job.kill()
     _one_clear_line(job.said(), "File too large")
+    assert jobs.checkpoints(run) == [] and 7 <= jobs.last_step(run) <= 14
 
 
 @pytest.mark.xdist_group("processes")
@@ -216,6 +223,7 @@ def test_a_read_only_disk_is_told(text: Path, small_disk: Path) -> None:
 
 
 def _one_clear_line(said: str, word: str) -> None:
-    lines = [line for line in said.splitlines() if word in line]
+    # JAX tells of its own when it cannot keep a compiled program.
+    lines = [line for line in said.splitlines() if word in line and "compilation cache" not in line]
     assert len(lines) == 1 and said.splitlines()[-1] == lines[0], said
     assert "Traceback" not in said and len(lines[0]) < 400

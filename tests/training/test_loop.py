@@ -161,6 +161,8 @@ def test_evaluations_stand_at_the_start_between_and_at_the_end(whole: Path) -> N
             assert record[f"{name}perplexity"] == pytest.approx(math.exp(loss))
             assert 0 < record[f"{name}bits_per_byte"] < 12
         assert record["eval_loss"] != record["second/eval_loss"]
+    order = [(r["kind"], r["step"]) for r in jobs.records(whole)]
+    assert order[0] == ("evaluation", 0) and order[order.index(("evaluation", 8)) - 1] == ("step", 8)
     assert abs(evaluations[0]["eval_loss"] - math.log(257)) < 0.2
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
 
@@ -184,6 +186,13 @@ def test_a_stopped_run_is_the_whole_run(
     whole: Path, text: Path, tmp_path: Path, stops: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "run"
+    save = loop.Checkpointer.save
+
+    def recorded_first(self: loop.Checkpointer, step: int, *arguments: Any, **named: Any) -> bool:
+        assert jobs.last_step(directory) == step, "a step's record is on disk before its checkpoint commits"
+        return save(self, step, *arguments, **named)
+
+    monkeypatch.setattr(loop.Checkpointer, "save", recorded_first)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopSignal", Stop)
         for step in stops:

@@ -125,9 +125,11 @@ def test_clipping_keeps_the_direction(clip: float, norm: float) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(microbatches: int, clip: float | None) -> None:
     optimizer = optax.adamw(0.1)
     step = jitted(TOY, optimizer, microbatches=microbatches, clip_norm=clip, ema=0.9)
-    before, _ = step(fresh(PARAMS, optimizer, jax.tree.map(jnp.copy, PARAMS)), GOOD)
+    start = fresh(PARAMS, optimizer, jax.tree.map(jnp.copy, PARAMS))
+    before, _ = step(start, GOOD)
     after, metrics = step(before, BAD)
     for part in ("params", "opt_state", "ema", "extra"):
+        assert not equal(getattr(before, part), getattr(start, part)), part
         assert equal(getattr(after, part), getattr(before, part)), part
     assert not np.isfinite(metrics["loss"])
     assert (before.bad_steps, after.bad_steps, after.step, metrics["bad_steps"]) == (0, 1, 2, 1)
