@@ -129,17 +129,18 @@ class Reference:
 
 
 class World:
-    """The text, the caches and the references that runs share, in one folder."""
+    """The text, the caches and the references that runs share, in one folder; compiled programs may lie elsewhere."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compiled: Path | None = None) -> None:
         self.folder = folder
         self.source = write_text(folder / "text")
-        self.cache, self.compiled = folder / "cache", folder / "compiled"
+        self.cache, self.compiled = folder / "cache", compiled or folder / "compiled"
         self._references: dict[int, Reference] = {}
 
     def job(self, folder: Path, processes: int, start: int, cache: Path, compiled: Path) -> Job:
         env = {"LM_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": str(compiled)}
-        return Job(folder / "run", self.source, folder / f"log_{start}", processes=processes, env=env)
+        devices = 3 - processes  # two in all: on any machine the same program
+        return Job(folder / "run", self.source, folder / f"log_{start}", processes=processes, devices=devices, env=env)
 
     def reference(self, processes: int) -> Reference:
         """The run of that many processes that was never stopped, made on first use."""

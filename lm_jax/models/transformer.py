@@ -148,7 +148,9 @@ def _embed(params: Params, tokens_BT: Array, c: TransformerConfig) -> Array:
     table = constrain(params["embedding"].astype(c.compute_dtype), "vocab", None)
     # "fill" makes an id beyond the vocabulary NaN, so that the step is refused; the default for plain indexing clamps
     # it.
-    return table.at[tokens_BT].get(mode="fill", out_sharding=out_sharding("batch", "length", "features"))
+    return table.at[tokens_BT].get(
+        mode="fill", wrap_negative_indices=False, out_sharding=out_sharding("batch", "length", "features")
+    )
 
 
 def _run_layers(

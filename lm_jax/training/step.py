@@ -55,7 +55,7 @@ def make_train_step(
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = None if ema is None else ema_update(state.ema, params, ema, state.step)
+        average = None if ema is None else ema_update(state.ema, params, ema, state.applied)
         new = state.replace(params=params, opt_state=opt_state, extra=extra, ema=average)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), _changing(new), _changing(state))
         metrics = {

@@ -139,6 +139,20 @@ def test_remat_changes_memory_alone(scanned: tuple[jax.Array, Tree], remat: str)
     close(gradients, scanned[1], 2e-6)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_keeps_less(scan: bool) -> None:
+    c = tiny.config(scan=scan)
+
+    def kept(remat: str) -> int:
+        def backward(params: Tree) -> Any:
+            return jax.vjp(lambda p: hidden(p, jnp.asarray(TOKENS), c=c, remat=remat)[0], params)[1]
+
+        return sum(a.size for a in jax.tree.leaves(jax.eval_shape(backward, tiny.parameters(c))))
+
+    sizes = {remat: kept(remat) for remat in ("none", "dots", "attention", "full")}
+    assert sizes["none"] > sizes["dots"] > sizes["attention"] > sizes["full"], sizes
+
+
 def test_every_parameter_has_a_gradient(scanned: tuple[jax.Array, Tree]) -> None:
     assert [name for name, g in leaves(scanned[1]).items() if not np.abs(g).max() > 0] == []
 

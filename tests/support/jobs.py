@@ -29,6 +29,7 @@ class Job:
       logs: a folder for what the processes say, one file each.
       processes: how many.
       options: further arguments.
+      devices: how many CPU devices each process makes (None: as many as it finds best).
       env: environment variables that go over all others.
     """
 
@@ -40,6 +41,7 @@ class Job:
         *,
         processes: int = 1,
         options: Sequence[str] = (),
+        devices: int | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
@@ -60,7 +62,7 @@ class Job:
                     subprocess.Popen(
                         mine,
                         cwd=ROOT,
-                        env=environment(extra=env),
+                        env=environment(devices, env),
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=subprocess.STDOUT,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
+from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("chaos"))
+    # Programs compiled for other tests that start processes serve here too: see tests/conftest.py.
+    return World(tmp_path_factory.mktemp("chaos"), Path(os.environ["LM_JAX_CACHE"]) / "xla")
 
 
 def struck(world: World, name: str, processes: int, *blows: Blow) -> Run:
