@@ -1,1 +1,1 @@
-"""Side-by-side runs against peers: `python -m benchmarks.NAME`. Results, with machine and versions, lie in `results/`."""
+"""Side-by-side runs against peers: `python -m benchmarks.NAME`. Results, with machine and versions: `results/`."""

@@ -2,15 +2,18 @@
 
     python -m benchmarks.step                          both sizes for the CPU, `nano` and `14m`
     python -m benchmarks.step --case=nano --json       one of them, the result as JSON on standard output
-    python -m benchmarks.step --config=configs/1b.py --batch=4     a config's model on one GPU
+    python -m benchmarks.step --platform=gpu --config=configs/1b.py --batch=4     a config's model on one GPU
 
-Ours is `make_train_step` with AdamW and clipping, as `launch.train` runs it: a new batch goes to the devices every step, and
-metrics are read one step late. PyTorch's is `benchmarks/torch_twin.py`, eager and under `torch.compile`, with as many threads.
-Each of the three is a process of its own, because the threads of one would spin in the other's time. They start from the same
-weights; their first losses are compared before anything is timed. Then they take turns, a block of steps each, so that a
-machine whose speed drifts is as unfair to all of them; a ratio is one of blocks in the same round.
+Ours is `make_train_step` with AdamW and clipping, as `launch.train` runs it: a new batch goes to the devices every
+step, and metrics are read one step late. PyTorch's is `benchmarks/torch_twin.py`, eager and under `torch.compile`, with
+as many threads. Each of the three is a process of its own, because the threads of one would spin in the other's time.
+They start from the same weights; their first losses are compared before anything is timed. Then they take turns, a
+block of steps each, so that a machine whose speed drifts is as unfair to all of them; a ratio is one of blocks in the
+same round. Other work on the machine is not as unfair: PyTorch's threads wait for each other many times a step, ours
+once, and a busy machine makes each wait long. So measure on an idle one; the load is written beside the result.
 
-Needs PyTorch beside what the project installs.
+Needs PyTorch beside what the project installs. On a GPU all three keep float32 weights and compute in bfloat16, and
+share its memory; that side has not been measured yet.
 """
 
 from __future__ import annotations
@@ -33,16 +36,22 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.costs import flops_per_token, peak_flops
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import TransformerConfig, transformer_specs
-from lm_jax.params import count, named, path_name
+from lm_jax.params import count, path_name
 
 RUNNERS = ("ours", "eager", "compiled")
-OPTIMIZER = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
+OPTIMIZER: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
 PARITY_STEPS = 3
 PARITY = 1e-3  # relative; bf16 compute gets ten times as much
-# Dense bf16 TFLOP/s by the makers' data sheets.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 SAVED = Path(__file__).parent / "results"
 Run = Callable[[int], tuple[float, list[float]]]  # how many steps -> seconds in all, losses
 
@@ -69,14 +78,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument("--config", help="a config file's model instead, with its length")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--batch", type=int, help="rows of a step")
-    parser.add_argument("--devices", type=int, default=os.cpu_count(), help="on CPU: JAX devices, the batch split over them")
+    parser.add_argument(
+        "--devices", type=int, default=os.cpu_count(), help="on CPU: JAX devices, the batch split over them"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPU: PyTorch's threads")
-    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, help="layers scanned or unrolled (default: the case's)")
+    parser.add_argument(
+        "--scan", action=argparse.BooleanOptionalAction, help="layers scanned or unrolled (default: the case's)"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each")
     parser.add_argument("--block-seconds", type=float, default=0.7, help="how long a block of ours is to last")
     parser.add_argument("--without", action="append", default=[], choices=RUNNERS, help="leave one out")
-    parser.add_argument("--json", nargs="?", const="-", help="also write the result as JSON; to standard output if no file is named")
+    parser.add_argument(
+        "--json", nargs="?", const="-", help="also write the result as JSON; to standard output if no file is named"
+    )
     parser.add_argument("--save", action="store_true", help="also write it to benchmarks/results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
@@ -93,11 +109,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def case_of_config(spec: str) -> Case:
+    """A config's model, with the length, rows and remat of its training; an open vocabulary is taken as 32,000."""
     from launch.cli import load
     from lm_jax.config import build
     from lm_jax.training.run import RunConfig
 
-    run = build(RunConfig, load(spec).to_dict(), "")
+    run = build(RunConfig, load(spec))
     model = run.model if run.model.vocab else dataclasses.replace(run.model, vocab=32_000)
     return Case(Path(spec.split(":")[0]).stem, model, run.train.length, run.train.batch_size, run.train.remat)
 
@@ -130,9 +147,9 @@ def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any
     import jax
     import jaxlib
 
-    if not args.config:
+    if args.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.devices)
+        jax.config.update("jax_num_cpu_devices", args.devices)
 
     from lm_jax.objectives.next_token import next_token
     from lm_jax.sharding import MeshConfig, make_mesh, partition
@@ -144,11 +161,12 @@ def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any
     specs = transformer_specs(case.model)
     settings = OptimizerConfig(schedule="constant", warmup_steps=0, **OPTIMIZER)
     optimizer = make_optimizer(settings, specs, 1)
-    mesh = make_mesh(MeshConfig(data=-1))
+    mesh = make_mesh(MeshConfig(data=-1), jax.devices() if args.platform == "cpu" else jax.devices()[:1])
     jax.set_mesh(mesh)
     state = init_state(specs, optimizer, mesh, 0)
     leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    np.savez(args.weights, **{path_name(path): np.asarray(leaf) for path, leaf in leaves})
+    weights: dict[str, Any] = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    np.savez(args.weights, **weights)
     objective = next_token(case.model, remat=case.remat)
     step = make_train_step(objective, optimizer, learning_rate(settings, 1), clip_norm=settings.clip_norm)
     step = jax.jit(step, donate_argnums=0)
@@ -165,7 +183,7 @@ def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any
         nonlocal state
         host = [next(rows) for _ in range(steps)]  # the loop's loader has them ready as well
         losses = []
-        waiting = None
+        waiting: Any = None
         start = time.perf_counter()
         for r in host:
             batch = jax.device_put({"tokens": r[:, :-1], "targets": r[:, 1:], **constant}, sharding)
@@ -177,9 +195,8 @@ def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any
         jax.block_until_ready(state)
         return time.perf_counter() - start, losses
 
-    device = jax.devices()[0]
-    about = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return run, about | {"device": device.device_kind, "platform": device.platform, "devices": len(jax.devices())}
+    about = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "device": mesh.devices.flat[0].device_kind}
+    return run, about | {"devices": mesh.size}
 
 
 def torch_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
@@ -188,15 +205,17 @@ def torch_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, A
 
     from benchmarks.torch_twin import make_step
 
-    torch.set_num_threads(args.threads)
+    if args.platform == "cpu":
+        torch.set_num_threads(args.threads)
+    device = torch.device("cpu" if args.platform == "cpu" else "cuda")
     with np.load(args.weights) as weights:
-        step = make_step(case.model, case.length, weights, OPTIMIZER, compiled=args.worker == "compiled")
+        step = make_step(case.model, case.length, weights, OPTIMIZER, device, compiled=args.worker == "compiled")
     rows = batches(case)
 
     def run(steps: int) -> tuple[float, list[float]]:
         host = [next(rows) for _ in range(steps)]
         losses = []
-        waiting = None
+        waiting: Any = None
         start = time.perf_counter()
         for r in host:
             loss = step(r[:, :-1], r[:, 1:])
@@ -204,11 +223,11 @@ def torch_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, A
                 losses.append(waiting.item())
             waiting = loss
         losses.append(waiting.item())
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start, losses
 
-    return run, {"torch": torch.__version__}
+    return run, {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 class Worker:
@@ -217,7 +236,12 @@ class Worker:
     def __init__(self, kind: str, case: Case, args: argparse.Namespace, weights: str) -> None:
         command = [sys.executable, "-m", "benchmarks.step", f"--worker={kind}", f"--weights={weights}"]
         command += [f"--config={args.config}"] if args.config else [f"--case={case.name}"]
-        command += [f"--batch={case.batch}", f"--devices={args.devices}", f"--threads={args.threads}"]
+        command += [
+            f"--platform={args.platform}",
+            f"--batch={case.batch}",
+            f"--devices={args.devices}",
+            f"--threads={args.threads}",
+        ]
         command += ["--scan" if case.model.scan else "--no-scan"]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the three share a GPU
         pipe = subprocess.PIPE
@@ -229,7 +253,9 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(f"the worker {self.kind!r} ended with status {self.process.wait()}; what it said stands above")
+            raise UserError(
+                f"the worker {self.kind!r} ended with status {self.process.wait()}; what it said stands above"
+            )
         return json.loads(line)
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -258,12 +284,12 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                     workers.append(Worker(kind, case, args, f"{folder}/weights.npz"))
         about = {k: v for w in workers for k, v in w.about.items()}
         losses = {w.kind: w.run(PARITY_STEPS)["losses"] for w in workers}
-        check_parity(losses, PARITY if about.get("platform", "cpu") == "cpu" else 10 * PARITY)
+        check_parity(losses, PARITY if args.platform == "cpu" else 10 * PARITY)
         times = take_turns(workers, args.rounds, args.block_seconds)
     finally:
         for worker in workers:
             worker.close()
-    flops = flops_per_step(case)
+    flops = case.batch * case.length * flops_per_token(case.model, case.length)
     result: dict[str, Any] = {
         "model": dataclasses.asdict(case.model),
         "batch": case.batch,
@@ -281,9 +307,9 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             kind: spread([b / a for a, b in zip(times["ours"], times[kind], strict=True)]) for kind in others
         }
     result["tflops"] = {kind: flops / median(ts) / 1e12 for kind, ts in times.items()}
-    peak = next((p for name, p in PEAK_TFLOPS.items() if name in about.get("device", "")), None)
+    peak = peak_flops(about.get("device", "")) if args.platform == "gpu" else None
     if peak:
-        result["mfu"] = {kind: t / peak for kind, t in result["tflops"].items()}
+        result["mfu"] = {kind: 1e12 * t / peak for kind, t in result["tflops"].items()}
     return result
 
 
@@ -292,7 +318,9 @@ def check_parity(losses: dict[str, list[float]], tolerance: float) -> None:
     for kind, others in losses.items():
         for a, b in zip(losses.get("ours", others), others, strict=True):
             if not math.isclose(a, b, rel_tol=tolerance):
-                raise UserError(f"first losses differ by more than {tolerance:g}: ours {losses['ours']}, {kind} {others}")
+                raise UserError(
+                    f"first losses differ by more than {tolerance:g}: ours {losses['ours']}, {kind} {others}"
+                )
 
 
 def take_turns(workers: list[Worker], rounds: int, block_seconds: float) -> dict[str, list[float]]:
@@ -311,14 +339,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": median(values), "max": max(values), "n": len(values)}
 
 
-def flops_per_step(case: Case) -> float:
-    """Forward and backward: 6 a weight and token, and attention's two products, a causal row seeing half of the keys."""
-    c, specs = case.model, named(transformer_specs(case.model))
-    weights = sum(math.prod(s.shape) for s in specs.values() if s.fan_in) + (c.ids * c.embed if c.tied else 0)
-    attention = 6 * c.layers * c.heads * c.head_size * case.length
-    return case.batch * case.length * (6.0 * weights + attention)
-
-
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
@@ -326,7 +346,9 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     return {
         "processor": name,
@@ -342,14 +364,19 @@ def machine() -> dict[str, Any]:
 def table(case: Case, result: dict[str, Any]) -> str:
     """The result as lines of text."""
     head = f"{case.name}: {result['parameters'] / 1e6:.2f}M parameters, batch {case.batch} x {case.length}"
-    lines = [head, f"  {'':10}{'ms a step: min':>16}{'median':>10}{'max':>10}{'ktokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}"]
+    lines = [
+        head,
+        f"  {'':10}{'ms a step: min':>16}{'median':>10}{'max':>10}{'ktokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}",
+    ]
     for kind, ms in result["milliseconds"].items():
         rate = case.batch * case.length / ms["median"]
         mfu = f"{result['mfu'][kind]:8.1%}" if "mfu" in result else f"{'':8}"
         speed = f"{rate:12.1f}{result['tflops'][kind]:10.3f}"
         lines.append(f"  {kind:10}{ms['min']:16.2f}{ms['median']:10.2f}{ms['max']:10.2f}{speed}{mfu}")
     for kind, r in result.get("speed_over", {}).items():
-        lines.append(f"  speed over {kind}: {r['median']:.2f} (a round: {r['min']:.2f} to {r['max']:.2f}, {r['n']} rounds)")
+        lines.append(
+            f"  speed over {kind}: {r['median']:.2f} (a round: {r['min']:.2f} to {r['max']:.2f}, {r['n']} rounds)"
+        )
     return "\n".join(lines)
 
 
@@ -369,9 +396,8 @@ def main() -> int:
         return 2
     text = json.dumps(report, indent=1) + "\n"
     if args.save:
-        platforms = {r["about"].get("platform", "cpu") for r in report["cases"].values()}
         SAVED.mkdir(exist_ok=True)
-        (SAVED / f"step_{'_'.join(sorted(platforms))}.json").write_text(text)
+        (SAVED / f"step_{args.platform}.json").write_text(text)
     if args.json == "-":
         print(text, end="")
     elif args.json:

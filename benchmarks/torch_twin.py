@@ -1,8 +1,9 @@
 """The same decoder and the same training step in PyTorch, as one would write them there.
 
-Llama's parts (RMSNorm, rotary positions, grouped-query attention, SwiGLU or squared ReLU) with PyTorch's own fast paths:
-`scaled_dot_product_attention(is_causal=True)`, fused AdamW, foreach clipping, `zero_grad(set_to_none=True)`, one matrix for
-query, key and value and one for gate and up. It takes its weights from ours, so that its losses can be compared with ours.
+Llama's parts (RMSNorm, rotary positions, grouped-query attention, SwiGLU or squared ReLU) with PyTorch's own fast
+paths: `scaled_dot_product_attention(is_causal=True)`, fused AdamW, foreach clipping, `zero_grad(set_to_none=True)`, one
+matrix for query, key and value and one for gate and up. It takes its weights from ours, so that its losses can be
+compared with ours.
 
 Shapes: B batch, T length, D embed, N query heads, K key-value heads, H head dim, F feed-forward, V vocabulary.
 """
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm_jax.errors import UserError
 from lm_jax.models.transformer import TransformerConfig
 
 
@@ -28,7 +30,7 @@ class Norm(nn.Module):
         self.epsilon = c.norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.epsilon).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -81,8 +83,9 @@ class Block(nn.Module):
 class Twin(nn.Module):
     """`forward(tokens, targets)`, `[B, T]` each, gives the mean cross-entropy."""
 
-    def __init__(self, c: TransformerConfig, length: int) -> None:
+    def __init__(self, c: TransformerConfig, length: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.embedding = nn.Embedding(c.ids, c.embed)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.final_norm = Norm(c)
@@ -96,7 +99,7 @@ class Twin(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embedding(tokens).to(self.dtype)  # the residual stream is in the dtype of compute, as ours
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
         z = self.output(self.final_norm(x))
@@ -133,7 +136,13 @@ def load_weights(model: Twin, weights: Mapping[str, np.ndarray], c: TransformerC
 
 
 def make_step(
-    c: TransformerConfig, length: int, weights: Mapping[str, np.ndarray], optimizer: Mapping[str, Any], *, compiled: bool
+    c: TransformerConfig,
+    length: int,
+    weights: Mapping[str, np.ndarray],
+    optimizer: Mapping[str, Any],
+    device: torch.device,
+    *,
+    compiled: bool,
 ) -> Callable[[np.ndarray, np.ndarray], Tensor]:
     """A function of (tokens, targets) `[B, T]` that takes one step and gives the loss, still on the device.
 
@@ -142,13 +151,16 @@ def make_step(
       length: T.
       weights: ours, by name.
       optimizer: `learning_rate, b1, b2, eps, weight_decay, clip_norm`.
+      device: a GPU computes in bfloat16, from float32 weights; a CPU in float32.
       compiled: whether the model runs under `torch.compile`.
+
+    Raises:
+      UserError: where the twin lacks something that the config asks for.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    model = Twin(c, length)
+    if c.qk_norm or c.logit_soft_cap is not None or c.position != "rope":
+        raise UserError("the PyTorch twin has rotary positions, no norm of queries and keys, and no soft cap of logits")
+    cuda = device.type == "cuda"
+    model = Twin(c, length, torch.bfloat16 if cuda else torch.float32)
     load_weights(model, weights, c)
     model = model.to(device)
     # As ours: embeddings and gains do not decay.
@@ -158,7 +170,6 @@ def make_step(
     betas = (optimizer["b1"], optimizer["b2"])
     adamw = torch.optim.AdamW(groups, lr=optimizer["learning_rate"], betas=betas, eps=optimizer["eps"], fused=True)
     run = torch.compile(model) if compiled else model
-    # On a GPU: float32 weights, products in bfloat16, as ours.
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if cuda else contextlib.nullcontext()
 
     def on_device(a: np.ndarray) -> Tensor:

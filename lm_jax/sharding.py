@@ -175,7 +175,7 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax
 
 
 def platform() -> str:
-    """What the devices of the current mesh are (`cpu`, `tpu`, `gpu`, ...), also where they are only described; without a
+    """What the devices of the current mesh are (`cpu`, `tpu`, `gpu`, ..), also where they are only described; without a
     mesh, the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax.sharding import partition
+from lm_jax.sharding import axis_size, partition
 
 Array = jax.Array
 CHUNK_BYTES = 2**25  # of float32 logits a device; large enough to keep a matrix unit busy, small beside a model
@@ -63,10 +63,9 @@ def cross_entropy(
     Returns:
       `Sums` of float32 scalars.
     """
-    meshless = jax.sharding.get_abstract_mesh().empty
-    static = _Static(
-        z_loss, soft_cap, chunk, None if meshless else "tensor", () if meshless else ("data", "fsdp", "sequence")
-    )
+    vocab_axis = "tensor" if axis_size("tensor") > 1 else None
+    row_axes = tuple(axis for axis in ("data", "fsdp", "sequence") if axis_size(axis) > 1)
+    static = _Static(z_loss, soft_cap, chunk, vocab_axis, row_axes)
     total, aux = _total(static, x_BTD, w_DV, targets_BT, mask_BT)
     ce, zz = (jax.lax.stop_gradient(a) for a in aux)
     return Sums(total, ce, zz)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.errors import ConfigError
 from lm_jax.kernels import flash_attention as kernel
-from lm_jax.models.linear import linear
+from lm_jax.models.linear import linear, linears
 from lm_jax.models.norms import NormConfig, norm, norm_specs
 from lm_jax.models.positions import POSITIONS, PositionConfig
 from lm_jax.params import Initializer, ParamSpec, scaled_normal
@@ -120,9 +120,8 @@ def attention(
       `[B, T, D]`, and the cache with these keys and values added (None if none was given).
     """
     rotate = POSITIONS[c.position].rotate
-    q = linear(x_BTD, params["query"], ("features",), ("heads", "head_dim"))
-    k = linear(x_BTD, params["key"], ("features",), ("kv_heads", "head_dim"))
-    v = linear(x_BTD, params["value"], ("features",), ("kv_heads", "head_dim"))
+    names = [("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim")]
+    q, k, v = linears(x_BTD, [params[name] for name in ("query", "key", "value")], ("features",), names)
     if c.qk_norm:
         q, k = norm(params.get("query_norm", {}), q, c=c), norm(params.get("key_norm", {}), k, c=c)
     q, k = rotate(q, rotation), rotate(k, rotation)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.errors import ConfigError
-from lm_jax.models.linear import linear
+from lm_jax.models.linear import linear, linears
 from lm_jax.params import Initializer, ParamSpec, scaled_normal
 
 Array = jax.Array
@@ -68,7 +68,8 @@ def feed_forward_specs(c: FeedForwardConfig, out: Initializer) -> dict[str, Para
 def feed_forward(params: Params, x_BTD: Array, *, c: FeedForwardConfig) -> Array:
     """`[B, T, D]` -> `[B, T, D]`."""
     kind = FEED_FORWARDS[c.feed_forward]
-    inner = [linear(x_BTD, params[name], ("features",), ("feed_forward",)) for name in kind.inputs]
+    weights = [params[name] for name in kind.inputs]
+    inner = linears(x_BTD, weights, ("features",), [("feed_forward",)] * len(weights))
     return linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",))
 
 
@@ -80,7 +81,8 @@ def _swiglu(gate_BTF: Array, up_BTF: Array) -> Array:
 
 def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     gate, up = saved
-    s = jax.nn.sigmoid(gate)
+    # Not the sigmoid of the forward pass: XLA would keep that one, and on CPU reading it costs more than this.
+    s = 0.5 * jnp.tanh(0.5 * gate) + 0.5
     silu = gate * s
     return g * up * (s + silu * (1 - s)), g * silu
 

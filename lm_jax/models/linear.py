@@ -1,21 +1,28 @@
 """The one contraction with a weight.
 
-Every product of an activation and a weight goes through `linear`: the layout that the backend likes is decided here,
-and so will adapters, quantised weights and width multipliers be.
+Every product of an activation and a weight goes through `linear` (or `linears`, several weights of one activation): the
+layout that the backend likes is decided here, and so will adapters, quantised weights and width multipliers be.
 
-Shapes: B batch, T length.
+Shapes: B batch, T length, R rows (of batch and length together), I inputs, O outputs.
 """
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.sharding import axis_size, constrain, out_sharding
 
 Array = jax.Array
+PRODUCT = "product"  # the name by which remat policies know what comes out of here
+Names = tuple[str | None, ...]
 
 
-def linear(x: Array, w: Array, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Array:
+def linear(x: Array, w: Array, inputs: Names, outputs: Names) -> Array:
     """`x` times `w`, over the dimensions named in `inputs`.
 
     Rows and features are flattened around the product wherever the length is not split: a weight's gradient then
@@ -35,11 +42,52 @@ def linear(x: Array, w: Array, inputs: tuple[str, ...], outputs: tuple[str, ...]
     result = out_sharding("batch", "length", *outputs)
     if axis_size("sequence") > 1:  # batch and length are both split: no one axis would describe flattened rows
         over = (tuple(range(2, x.ndim)), tuple(range(len(inputs))))
-        return jax.lax.dot_general(x, w, (over, ((), ())), out_sharding=result)
+        return checkpoint_name(jax.lax.dot_general(x, w, (over, ((), ())), out_sharding=result), PRODUCT)
     x = constrain(x, "batch", None, *inputs)
-    x2 = jax.lax.reshape(x, (B * T, math.prod(sizes_in)), out_sharding=out_sharding("batch", inputs[0]))
-    w2 = jax.lax.reshape(
+    x_RI = jax.lax.reshape(x, (B * T, math.prod(sizes_in)), out_sharding=out_sharding("batch", inputs[0]))
+    w_IO = jax.lax.reshape(
         w, (math.prod(sizes_in), math.prod(sizes_out)), out_sharding=out_sharding(inputs[0], outputs[0])
     )
-    y2 = jax.lax.dot_general(x2, w2, (((1,), (0,)), ((), ())), out_sharding=out_sharding("batch", outputs[0]))
-    return jax.lax.reshape(y2, (B, T, *sizes_out), out_sharding=result)
+    y_RO = checkpoint_name(_product(x_RI, w_IO, inputs[0], outputs[0]), PRODUCT)
+    return jax.lax.reshape(y_RO, (B, T, *sizes_out), out_sharding=result)
+
+
+def linears(x: Array, ws: Sequence[Array], inputs: Names, outputs: Sequence[Names]) -> list[Array]:
+    """`linear` of one `x` with several weights: as one product where their outputs are not split over the mesh."""
+    if len(ws) == 1 or axis_size("tensor") > 1 or axis_size("sequence") > 1:
+        return [linear(x, w, inputs, names) for w, names in zip(ws, outputs, strict=True)]
+    sizes = [math.prod(w.shape[len(inputs) :]) for w in ws]
+    flat = [
+        jax.lax.reshape(w, (*w.shape[: len(inputs)], n), out_sharding=out_sharding(*inputs, None))
+        for w, n in zip(ws, sizes, strict=True)
+    ]
+    joined = jnp.concatenate(flat, -1)
+    parts = jnp.split(linear(x, joined, inputs, (None,)), list(itertools.accumulate(sizes[:-1])), -1)
+    shapes = [(*x.shape[:2], *w.shape[len(inputs) :]) for w in ws]
+    return [
+        jax.lax.reshape(part, shape, out_sharding=out_sharding("batch", "length", *names))
+        for part, shape, names in zip(parts, shapes, outputs, strict=True)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x_RI: Array, w_IO: Array, into: str | None, out: str | None) -> Array:
+    """Rows by a weight. JAX's own transpose gives the weight's gradient transposed, to be copied once more behind the
+    sum over devices."""
+    return jax.lax.dot_general(x_RI, w_IO, (((1,), (0,)), ((), ())), out_sharding=out_sharding("batch", out))
+
+
+def _product_forward(x_RI: Array, w_IO: Array, into: str | None, out: str | None) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x_RI, w_IO, into, out), (x_RI, w_IO)
+
+
+def _product_backward(
+    into: str | None, out: str | None, saved: tuple[Array, Array], g_RO: Array
+) -> tuple[Array, Array]:
+    x_RI, w_IO = saved
+    dx_RI = jax.lax.dot_general(g_RO, w_IO, (((1,), (1,)), ((), ())), out_sharding=out_sharding("batch", into))
+    dw_IO = jax.lax.dot_general(x_RI, g_RO, (((0,), (0,)), ((), ())), out_sharding=out_sharding(into, out))
+    return dx_RI, dw_IO
+
+
+_product.defvjp(_product_forward, _product_backward)

@@ -54,7 +54,9 @@ def _rope_prepare(positions_BT: Array, head_dim: int, c: PositionConfig) -> tupl
     half = head_dim // 2
     frequency = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = constrain(positions_BT, "batch", "length").astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    # In a loop, which XLA does not fuse into what follows: on CPU it would compute them again in every layer.
+    cos, sin = jax.lax.map(lambda i: jnp.where(i == 0, jnp.cos(angle), jnp.sin(angle)), jnp.arange(2))
+    return cos, sin
 
 
 def _turn(x: Array, cos: Array, sin: Array) -> Array:

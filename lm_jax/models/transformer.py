@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm_jax.errors import ConfigError
 from lm_jax.models.attention import KeyValueCache, empty_cache
 from lm_jax.models.block import BlockConfig, block, block_specs
-from lm_jax.models.linear import linear
+from lm_jax.models.linear import PRODUCT, linear
 from lm_jax.models.norms import norm, norm_specs
 from lm_jax.models.positions import POSITIONS
 from lm_jax.params import Normal, ParamSpec, map_specs, scaled_normal, stack, unstacked, zeros
@@ -23,7 +23,7 @@ Params = dict[str, Any]
 
 REMAT = {
     "none": None,  # keep everything that the backward pass reads
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # keep products with weights
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # keep attention's outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input
 }

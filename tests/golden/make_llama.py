@@ -2,8 +2,8 @@
 
     python tests/golden/make_llama.py
 
-It needs torch and transformers; the test that reads the arrays (`tests/models/test_llama_golden.py`) needs neither. Weights
-keep the library's names. `settings` and `versions` are JSON.
+It needs torch and transformers; the test that reads the arrays (`tests/models/test_llama_golden.py`) needs neither.
+Weights keep the library's names. `settings` and `versions` are JSON.
 """
 
 from __future__ import annotations

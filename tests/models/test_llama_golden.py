@@ -1,4 +1,7 @@
-"""Our logits equal those of the `transformers` library's Llama with the same random weights (`tests/golden/make_llama.py`)."""
+"""Our logits equal those of the `transformers` library's Llama with the same random weights.
+
+`tests/golden/make_llama.py` makes the arrays.
+"""
 
 from __future__ import annotations
 
