@@ -12,9 +12,9 @@ COMPILE := $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --g
 LOCKS := requirements
 PROMPT ?= def
 
-# Tests of one process each, a worker a core; those that share an `xdist_group` run one after another on one worker.
+# A worker a core; the tests of a file run one after another on one of them.
 WORKERS ?= logical
-PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # Training and tests of these commands are for the CPU. On an accelerator: JAX_PLATFORMS= make ..., or the launchers.
 export JAX_PLATFORMS ?= cpu

@@ -25,6 +25,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -51,7 +52,12 @@ Main = Callable[..., int | None]  # main(), or main(config)
 
 def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False) -> NoReturn:
     """Runs a launcher's `main` on this process's command line, and exits with what it returns (None is 0)."""
-    sys.exit(status(main, flag_values, sys.argv, config=config))
+    code = status(main, flag_values, sys.argv, config=config)
+    jax = sys.modules.get("jax")
+    if code in (USER_MISTAKE, FAILED) and jax is not None and jax.distributed.is_initialized():
+        # Leaving in good order would wait for the job's other processes, which wait for this one.
+        os._exit(code)
+    sys.exit(code)
 
 
 def status(main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, config: bool = False) -> int:

@@ -17,8 +17,8 @@ HEAD = """\
 
 A config file has a function `get_config` that starts from `configs.base.base()` and sets what differs. Any key can be
 set on the command line, `--config.SECTION.KEY=VALUE`; a variant that the file declares is chosen by
-`--config=configs/tiny.py:adamw`. A list is written `a,b`, no value `None`, a large number `1e9`. New evaluation sets are
-named as they come: `--config.evaluation.sets.books=books/`.
+`--config=configs/tiny.py:adamw`. A list is written `a,b`, no value `None`, a large number `1e9`. New evaluation sets
+are named as they come: `--config.evaluation.sets.books=books/`.
 
 A mistake (an unknown key, a value of another type or out of range, sizes that do not divide) ends the command before
 anything compiles: at most three lines, with the key, the value, and what would be right; exit status 2.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ SETTINGS = {
 ROWS, LENGTH = 2, 24
 
 
-def make(tied: bool) -> dict[str, np.ndarray]:
+def make(tied: bool) -> dict[str, Any]:
     """Everything that one file holds."""
     torch.manual_seed(1 if tied else 0)
     config = LlamaConfig(**SETTINGS, tie_word_embeddings=tied, attn_implementation="eager", use_cache=False)
