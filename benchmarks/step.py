@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from launch import runtime
 from lm_jax.costs import flops_per_token, peak_flops
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import TransformerConfig, transformer_specs
@@ -52,6 +53,7 @@ OPTIMIZER: dict[str, Any] = {
 }
 PARITY_STEPS = 3
 PARITY = 1e-3  # relative; bf16 compute gets ten times as much
+BUSY = 0.25  # processes a core that want to run, before ours
 SAVED = Path(__file__).parent / "results"
 Run = Callable[[int], tuple[float, list[float]]]  # how many steps -> seconds in all, losses
 
@@ -133,6 +135,7 @@ def serve(args: argparse.Namespace) -> None:
     """A worker: reads a number of steps a line on standard input, takes them, and answers with seconds and losses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    runtime.keep_freed_memory()  # as launch.train does; PyTorch gains by it as well, but less
     (case,) = cases(args)
     start = our_worker if args.worker == "ours" else torch_worker
     run, about = start(case, args)
@@ -387,6 +390,9 @@ def main() -> int:
             serve(args)
             return 0
         report: dict[str, Any] = {"machine": machine(), "cases": {}}
+        load = report["machine"]["load_at_start"]
+        if args.platform == "cpu" and load > BUSY * (os.cpu_count() or 1):
+            print(f"the machine is busy (load {load:.1f}): PyTorch suffers more, do not trust ratios", file=sys.stderr)
         for case in cases(args):
             result = compare(case, args)
             report["cases"][case.name] = result

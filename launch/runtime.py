@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from types import FrameType
@@ -58,6 +59,7 @@ def start(values: flags.FlagValues, config: RunConfig) -> None:
             f"--process_id={given['process_id']} is out of range: {given['num_processes']} processes count from 0"
         )
     processes = given["num_processes"] or 1
+    keep_freed_memory()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices(config, processes))
     use_compilation_cache()
@@ -86,6 +88,22 @@ def cpu_devices(config: RunConfig, processes: int = 1) -> int:
         if in_all % fixed == 0 and rows and config.train.batch_size % (rows * config.train.microbatches) == 0:
             return devices
     return 1
+
+
+def keep_freed_memory() -> None:
+    """On Linux with glibc: memory that a step frees stays with the process, for the next step.
+
+    XLA on CPU takes all temporary memory of a step in one piece and gives it back behind it. glibc hands pieces above
+    32 MiB back to the system, which clears them page by page when the next step touches them: a sixth of the processor
+    time of a step (13.9M parameters on two cores, x86). To be called before there are threads.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    # malloc.h: M_ARENA_MAX (other arenas cannot hold large pieces), M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
+        mallopt(parameter, value)
 
 
 def use_compilation_cache() -> None:

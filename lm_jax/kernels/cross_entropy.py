@@ -37,6 +37,7 @@ class _Static(NamedTuple):
     chunk: int | None
     vocab_axis: str | None  # the mesh axis that the vocabulary is split over
     row_axes: tuple[str, ...]  # the mesh axes that rows are split over
+    transposed: bool  # whether the weight's gradient is made as [v, D]
 
 
 def cross_entropy(
@@ -48,6 +49,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     soft_cap: float | None = None,
     chunk: int | None = None,
+    transposed: bool = False,
 ) -> Sums:
     """Sums of `-log softmax(x w)[target]` over the rows where the mask is True.
 
@@ -59,13 +61,15 @@ def cross_entropy(
       z_loss: weight of `log(Z)^2` in the total (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
       soft_cap: logits become `cap * tanh(logits / cap)`.
       chunk: rows a chunk; None: as many as `CHUNK_BYTES` of logits hold.
+      transposed: whether `w_DV` is the transpose of what is stored, as of a tied table: its gradient is then made as
+        `[V, D]`, and nothing has to turn it around.
 
     Returns:
       `Sums` of float32 scalars.
     """
     vocab_axis = "tensor" if axis_size("tensor") > 1 else None
     row_axes = tuple(axis for axis in ("data", "fsdp", "sequence") if axis_size(axis) > 1)
-    static = _Static(z_loss, soft_cap, chunk, vocab_axis, row_axes)
+    static = _Static(z_loss, soft_cap, chunk, vocab_axis, row_axes, transposed)
     total, aux = _total(static, x_BTD, w_DV, targets_BT, mask_BT)
     ce, zz = (jax.lax.stop_gradient(a) for a in aux)
     return Sums(total, ce, zz)
@@ -178,11 +182,13 @@ def _local_gradients(static: _Static, x: Array, w: Array, targets: Array, mask: 
             dz = dz * (1 - jnp.square(c.z / static.soft_cap))
         dz = jnp.where(mask_R[:, None], dz, 0.0).astype(x_RD.dtype)
         dx = jnp.dot(dz, w.T, preferred_element_type=jnp.float32)
-        dw = jnp.dot(x_RD.T, dz, preferred_element_type=jnp.float32)
+        left, right = (dz, x_RD) if static.transposed else (x_RD, dz)
+        dw = jnp.dot(left.T, right, preferred_element_type=jnp.float32)
         return (sums[0] + ce, sums[1] + zz, sums[2] + dw), _over_vocab(static, dx).astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
+    start = (zero, zero, jnp.zeros(w.shape[::-1] if static.transposed else w.shape, jnp.float32))
     (ce, zz, dw), dx = jax.lax.scan(body, start, _chunks(static, x, w.shape[1], targets, mask))
     dx = dx.reshape(-1, x.shape[-1])[: targets.size].reshape(x.shape)
-    return _over_rows(static, ce), _over_rows(static, zz), dx, _over_rows(static, dw).astype(w.dtype)
+    dw = _over_rows(static, dw).astype(w.dtype)
+    return _over_rows(static, ce), _over_rows(static, zz), dx, dw.T if static.transposed else dw

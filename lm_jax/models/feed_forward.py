@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.errors import ConfigError
-from lm_jax.models.linear import linear, linears
+from lm_jax.models.linear import linear
 from lm_jax.params import Initializer, ParamSpec, scaled_normal
 
 Array = jax.Array
@@ -68,8 +68,7 @@ def feed_forward_specs(c: FeedForwardConfig, out: Initializer) -> dict[str, Para
 def feed_forward(params: Params, x_BTD: Array, *, c: FeedForwardConfig) -> Array:
     """`[B, T, D]` -> `[B, T, D]`."""
     kind = FEED_FORWARDS[c.feed_forward]
-    weights = [params[name] for name in kind.inputs]
-    inner = linears(x_BTD, weights, ("features",), [("feed_forward",)] * len(weights))
+    inner = [linear(x_BTD, params[name], ("features",), ("feed_forward",)) for name in kind.inputs]
     return linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",))
 
 

@@ -44,6 +44,7 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
             batch["loss_mask"],
             z_loss=z_loss,
             soft_cap=c.logit_soft_cap,
+            transposed=c.tied,
         )
         if not z_loss:
             return {"cross_entropy": sums.total}, extra
