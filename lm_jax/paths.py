@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -270,21 +269,6 @@ def _cut_torn_line(file: int) -> int:
         os.ftruncate(file, end)
         os.fsync(file)
     return size - end
-
-
-def up_to_step(step: int) -> Callable[[str], bool]:
-    """For `Appender.filter`: keeps the JSON records whose `step` is at most this, so that a resumed run writes each
-    step once. What is no such record is not kept."""
-
-    def keep(line: str) -> bool:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return False
-        number = record.get("step") if isinstance(record, dict) else None
-        return isinstance(number, int) and number <= step
-
-    return keep
 
 
 # ------------------------------------------------------------------------------------------------------------- the lock
