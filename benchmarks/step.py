@@ -82,9 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", help="a config file's model instead, with its length")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--batch", type=int, help="rows of a step")
-    parser.add_argument(
-        "--devices", type=int, default=os.cpu_count(), help="on CPU: JAX devices, the batch split over them"
-    )
+    parser.add_argument("--devices", type=int, default=1, help="on CPU: JAX devices, the batch split over them")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPU: PyTorch's threads")
     parser.add_argument(
         "--scan", action=argparse.BooleanOptionalAction, help="layers scanned or unrolled (default: the case's)"

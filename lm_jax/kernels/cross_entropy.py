@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lm_jax.sharding import axis_size, partition
 
 Array = jax.Array
-CHUNK_BYTES = 2**25  # of float32 logits a device; large enough to keep a matrix unit busy, small beside a model
+CHUNK_BYTES = 2**26  # of float32 logits a device; large enough to keep a matrix unit busy, small beside a model
 
 
 class Sums(NamedTuple):
@@ -123,11 +123,21 @@ def _chunks(static: _Static, x: Array, v: int, targets: Array, mask: Array) -> t
 
 
 class _Chunk(NamedTuple):
-    """A chunk's float32 logits `[R, v]` behind the soft cap, log Z `[R, 1]`, and where the target's logit is."""
+    """A chunk of rows, in float32.
+
+    Attributes:
+      z: `[R, v]` logits behind the soft cap.
+      log_z: `[R, 1]`.
+      hit: `[R, v]`, where the target's logit is.
+      weights, inverse: `[R, v]` and `[R, 1]`, whose product is the softmax. (Weights are kept because a second `exp`
+        costs more than reading them.)
+    """
 
     z: Array
     log_z: Array
     hit: Array
+    weights: Array
+    inverse: Array
 
 
 def _logits(static: _Static, x_RD: Array, w_Dv: Array, targets_R: Array) -> _Chunk:
@@ -139,9 +149,10 @@ def _logits(static: _Static, x_RD: Array, w_Dv: Array, targets_R: Array) -> _Chu
     if static.vocab_axis:
         highest = jax.lax.pmax(highest, static.vocab_axis)
         first = jax.lax.axis_index(static.vocab_axis) * w_Dv.shape[1]
-    total = _over_vocab(static, jnp.sum(jnp.exp(z - highest), -1, keepdims=True))
+    weights = jnp.exp(z - highest)
+    total = _over_vocab(static, jnp.sum(weights, -1, keepdims=True))
     ids = first + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    return _Chunk(z, highest + jnp.log(total), ids == targets_R[:, None])
+    return _Chunk(z, highest + jnp.log(total), ids == targets_R[:, None], weights, 1 / total)
 
 
 def _over_vocab(static: _Static, a: Array) -> Array:
@@ -176,7 +187,7 @@ def _local_gradients(static: _Static, x: Array, w: Array, targets: Array, mask: 
         x_RD, targets_R, mask_R = rows
         c = _logits(static, x_RD, w, targets_R)
         ce, zz = _chunk_sums(static, c, mask_R)
-        p = jnp.exp(c.z - c.log_z)
+        p = c.weights * c.inverse
         dz = p * (1 + 2 * static.z_loss * c.log_z) - c.hit if static.z_loss else p - c.hit
         if static.soft_cap is not None:
             dz = dz * (1 - jnp.square(c.z / static.soft_cap))

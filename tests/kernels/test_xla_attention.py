@@ -1,4 +1,4 @@
-"""The plain attention, which every other implementation is measured against, against loops in float64."""
+"""Attention for XLA against loops in float64, and in blocks of queries against the formula."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm_jax.kernels.flash_attention import AttentionMask, attention
+from lm_jax.kernels.flash_attention.xla import visible_blocks
 
 B, T, N, K, H = 2, 6, 4, 2, 8
 SEGMENTS = np.array([[0, 0, 0, 1, 1, -1], [2, 2, 5, 5, 5, 5]], np.int32)
@@ -82,6 +83,39 @@ def test_value_and_gradients(case: str, scale: float | None) -> None:
     np.testing.assert_allclose(got, y, atol=2e-6)
     for name, a, b in zip("qkv", back(g32), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "offset"), [(300, 300, 0), (256, 400, 100), (300, 200, 0), (300, 300, -140)]
+)
+def test_blocks_of_queries(length: int, keys: int, offset: int) -> None:
+    """Several blocks, the last one not full; keys behind all queries; queries behind all keys, and before them."""
+    random = np.random.default_rng(0)
+    shapes = (B, length, N, H), (B, keys, K, H), (B, keys, K, H), (B, length, N, H)
+    q, k, v, g = (random.standard_normal(s) for s in shapes)
+    segments = np.sort(random.integers(0, 3, (B, max(length, keys))), -1).astype(np.int32)
+    mask = AttentionMask(
+        q_segment_ids=jnp.asarray(segments[:, :length]), kv_segment_ids=jnp.asarray(segments[:, :keys]), q_offset=offset
+    )
+    assert len(visible_blocks(mask, length, keys)) > 1
+    t, s = np.arange(length)[:, None] + offset, np.arange(keys)
+    see_BTS = (s <= t) & (segments[:, :length, None] == segments[:, None, :keys])
+    with jax.enable_x64(True):
+        expected, back64 = jax.vjp(lambda *a: plain(*a, see_BTS, H**-0.5), *map(jnp.asarray, (q, k, v)))
+        gradients = back64(jnp.asarray(g))
+    q32, k32, v32, g32 = (jnp.asarray(a, jnp.float32) for a in (q, k, v, g))
+    got, back = jax.vjp(lambda *a: attention(*a, mask=mask), q32, k32, v32)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    for name, a, b in zip("qkv", back(g32), gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()), err_msg=name)
+
+
+def test_a_block_meets_the_keys_that_it_sees_and_no_others() -> None:
+    assert visible_blocks(AttentionMask(), 300, 300) == ((0, 128, 128), (128, 256, 256), (256, 300, 300))
+    assert visible_blocks(AttentionMask(q_offset=100), 256, 400) == ((0, 128, 228), (128, 256, 356))
+    assert visible_blocks(AttentionMask(), 4096, 4096) == tuple((i, i + 512, i + 512) for i in range(0, 4096, 512))
+    assert visible_blocks(AttentionMask(causal=False), 300, 300) == ((0, 300, 300),)
+    assert visible_blocks(AttentionMask(q_offset=jnp.zeros(2, jnp.int32)), 300, 300) == ((0, 300, 300),)
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 1), (6, 3)])
