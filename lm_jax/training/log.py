@@ -5,8 +5,10 @@ The numbers of a step are read when the next one is already on its way, so that 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from lm_jax.errors import Failure
 from lm_jax.training.metrics import MetricsWriter, WandbWriter, evaluation_values, peak_memory_bytes, speed
 from lm_jax.training.report import Report, Samples, write_config
 from lm_jax.training.run import RunConfig
-from lm_jax.training.terminal import Progress
+from lm_jax.training.terminal import Progress, visible
 
 
 class RunFailed(Failure):
@@ -137,6 +139,18 @@ class RunLog:
         """Adds what the model wrote after a prompt."""
         if self._samples is not None:
             self._samples.add(step, prompt, text)
+
+    def left(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """What is done in any case when a run ends: records go to the disk, and an error into the report.
+
+        (The form of an `__exit__`, for an ExitStack.)
+        """
+        del kind, trace
+        if error is not None and self._report is not None:
+            reason = visible(str(error)).strip().split("\n")[0] or type(error).__name__
+            with contextlib.suppress(OSError):  # a full disk: the error itself is on its way to the user
+                self._report.update(self.writer.history, f"failed ({reason})", final=True)
+        self.writer.close()
 
     def close(self, state: str) -> None:
         """Everything on the disk, and the report with how the run ended."""

@@ -76,7 +76,7 @@ def train(
         total = config.train.total_steps
         facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
-        stack.callback(log.writer.close)
+        stack.push(log.left)
         _tell(*log.writer.notes)
         batches = stack.enter_context(_training_batches(program, data, rows, total - step))
 

@@ -129,7 +129,6 @@ def _command(run: Path, text: Path) -> list[str]:
     return [f"--config={CONFIG}", f"--workdir={run}", f"--config.data.source={text}"]
 
 
-@pytest.mark.xdist_group("processes")
 def test_stopped_and_finished_on_another_mesh(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job(run, text, tmp_path / "first", devices=2)
@@ -166,7 +165,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_full_disk_ends_the_run_and_loses_nothing(text: Path, small_disk: Path, tmp_path: Path) -> None:
     run = small_disk / "run"
     keep = ["--config.checkpoint.keep=100"]
@@ -188,7 +186,6 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(text: Path, small_disk: Path
     assert [r["step"] for r in jobs.records(run) if r["kind"] == "step"] == list(range(1, 81))
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_file_that_may_not_grow_ends_the_run(text: Path, tmp_path: Path) -> None:
     """As a full disk does, also where nobody may mount one."""
     run = tmp_path / "run"
@@ -206,7 +203,6 @@ def test_a_file_that_may_not_grow_ends_the_run(text: Path, tmp_path: Path) -> No
     assert jobs.checkpoints(run) == [] and 7 <= jobs.last_step(run) <= 14
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_read_only_disk_is_told(text: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = run_module("launch.train", *_command(small_disk / "run", text), check=False)

@@ -14,8 +14,6 @@ import pytest
 from tests import chaos
 from tests.chaos import Blow, Reference, Run, World
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

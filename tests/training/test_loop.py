@@ -28,7 +28,6 @@ from tests.support import jobs
 from tests.support.small_run import get_config, write_text
 
 STEPS = 20
-pytestmark = pytest.mark.xdist_group("loop")  # one worker makes the whole run that most of them read
 TIMES = {"tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_bytes", "mfu"}
 
 
@@ -334,6 +333,9 @@ def test_what_is_not_finite_is_never_applied(whole: Path, text: Path, tmp_path: 
     assert state(directory, 4, "params") != state(directory, 3, "params")
     assert all(math.isfinite(r["loss"]) for r in steps[3:6])
     assert jobs.checkpoints(directory)[-1] == 8  # step 9 ended the run
+    assert (
+        "\nFailed (3 steps in a row had a loss or gradient that is not finite" in (directory / "report.md").read_text()
+    )
     if where == "loss":  # the reason gone, it goes on
         assert train(config, directory) == loop.FINISHED
         assert jobs.last_step(directory) == STEPS
