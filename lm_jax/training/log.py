@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import jax
 from etils import epath
@@ -66,6 +66,11 @@ class RunLog:
         if self.progress is not None:
             self.progress.say(line)
 
+    @property
+    def device_is_idle(self) -> bool:
+        """Whether every step that was started is done. While one runs, nothing waits for the next batch."""
+        return self._waiting is None or cast(Any, self._waiting[2]["loss"]).is_ready()  # not in the type of jax.Array
+
     def start(self) -> None:
         """Says that the first step is being compiled, and starts the clock of the steps."""
         if self.progress is not None:
@@ -79,7 +84,7 @@ class RunLog:
           step: how many steps are done with this one.
           rows: rows consumed with this one.
           metrics: the step's, still on the device.
-          waited: seconds that the loop waited for the batch.
+          waited: seconds that the device waited for the batch.
 
         Raises:
           RunFailed: see `flush`.

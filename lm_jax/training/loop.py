@@ -98,7 +98,7 @@ def train(
         while step < total and not stop.should_stop(step):
             began = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - began if log.device_is_idle else 0.0
             state, metrics = program.train_step(state, batch)
             step, rows = step + 1, rows + config.train.batch_size
             log.step(step, rows, metrics, waited)

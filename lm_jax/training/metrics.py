@@ -4,8 +4,9 @@
 
 - `{"kind": "step", "step": 12, "tokens": 24576, "loss": 3.2, "grad_norm": .., "learning_rate": .., "batch_hash": "..",
   "step_seconds": .., "tokens_per_second": .., "data_wait_seconds": ..}`: exactly one for each step, also after resumes.
-  `step` counts from 1 (how many are done once it is done), `tokens` are those seen so far; `peak_memory_bytes` and
-  `mfu` stand where they are known.
+  `step` counts from 1 (how many are done once it is done), `tokens` are those seen so far; `data_wait_seconds` is for
+  how long the device had nothing to do because the batch was not there; `peak_memory_bytes` and `mfu` stand where they
+  are known.
 - `{"kind": "evaluation", "step": 99, "tokens": .., "eval_loss": .., "perplexity": .., "bits_per_byte": ..}`: at most
   one for each step, with named sets beside it as `wiki/eval_loss` and so on. Step 0 is the model before its first step.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,24 @@ def test_every_step_is_on_record(whole: Path, text: Path) -> None:
         assert all(math.isfinite(record[name]) for name in numbers) and len(record["batch_hash"]) == 8
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert len({r["batch_hash"] for r in steps}) == STEPS
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_waiting_counts_where_the_device_has_nothing_to_do(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: bool
+) -> None:
+    take = loop.Batches.__next__
+
+    def late(batches: Any) -> Any:
+        time.sleep(0.1)
+        return take(batches)
+
+    monkeypatch.setattr(loop.Batches, "__next__", late)
+    if not idle:
+        monkeypatch.setattr(loop.RunLog, "device_is_idle", False)
+    assert train(small(text, train__steps=3, evaluation__every=None), tmp_path / "run") == loop.FINISHED
+    waits = [r["data_wait_seconds"] for r in jobs.records(tmp_path / "run") if r["kind"] == "step"]
+    assert len(waits) == 3 and all(w >= 0.1 if idle else w == 0 for w in waits)
 
 
 def test_evaluations_stand_at_the_start_between_and_at_the_end(whole: Path) -> None:
