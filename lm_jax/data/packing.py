@@ -181,8 +181,3 @@ def read_rows(plan: Plan, store: TokenReader, rows: Sequence[int | None]) -> Bat
             at += size
         batch["loss_mask"][b, :at] = True
     return batch
-
-
-def read_row(plan: Plan, store: TokenReader, n: int) -> Batch:
-    """Row `n` of a plan: arrays `[T]`."""
-    return {name: array[0] for name, array in read_rows(plan, store, [n]).items()}
