@@ -187,8 +187,9 @@ def test_the_kept_probabilities_grow_with_the_square_of_the_length() -> None:
     def kept(length: int) -> int:
         return estimate(program(dict(batch_size=2, length=length), layers=2))["activations"]
 
-    second_difference = kept(192) - 2 * kept(128) + kept(64)
-    assert second_difference == 2 * 64**2 * 2 * 4 * 2 * 4  # 2 steps^2 a row, head and layer, of 4 bytes
+    # T (T + 128) / 2 pairs in blocks of 128 queries, each with the keys up to its end.
+    second_difference = kept(384) - 2 * kept(256) + kept(128)
+    assert second_difference == 128**2 * 2 * 4 * 2 * 4  # a step^2 a row, head and layer, of 4 bytes
 
 
 def state_on(c: TransformerConfig) -> Any:
