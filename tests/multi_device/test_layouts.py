@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
     [
         ("step", ["SOME"]),
         pytest.param("step", ["OTHERS"], marks=pytest.mark.slow),
+        ("attention", []),
         ("cross_entropy", []),
         ("generation", []),
     ],
