@@ -187,6 +187,52 @@ def axis_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
+def device_kind() -> str:
+    """The chip of the current mesh (`TPU v6 lite`, `NVIDIA H200`, ..); without a mesh, of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def on_one_device() -> bool:
+    """Whether functions now see one device's arrays: no mesh is entered, or the inside of a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or AxisType.Manual in mesh.axis_types
+
+
+def on_each_device(f: Callable[..., Any], args: Any, names: Any, out_names: Any) -> Any:
+    """`f(*args)` with each device's own part of the arguments (`shard_map`), laid out by logical names.
+
+    Args:
+      f: sees arrays that all vary over the mesh axes of the outcome, also those that were replicated there (whose
+        gradients are then summed over the devices).
+      args: a tuple of trees of arrays.
+      names: the same with a tuple of logical names in place of every array.
+      out_names: the same of what `f` gives.
+    """
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda names: partition(*names), tree, is_leaf=_is_names)
+
+    in_specs, out_specs = specs(names), specs(out_names)
+    args = jax.tree.map(jax.sharding.reshard, args, in_specs)
+    axes = {a for names in jax.tree.leaves(out_names, is_leaf=_is_names) for name in names for a in TABLE[name]}
+
+    def vary(a: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(a).manual_axis_type.varying)
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.shard_map(lambda *a: f(*jax.tree.map(vary, a)), in_specs=in_specs, out_specs=out_specs)(*args)
+
+
+def _is_names(x: Any) -> bool:
+    return type(x) is tuple and all(isinstance(n, str | None) for n in x)
+
+
+def part_index(name: str) -> jax.Array:
+    """Inside `on_each_device`: which part of a dimension with this logical name the device has."""
+    return jax.lax.axis_index(TABLE[name])
+
+
 def abstract(specs: Tree, mesh: Mesh | AbstractMesh, dtype: Any = np.float32) -> Tree:
     """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh."""
 

@@ -4,6 +4,7 @@ Shapes: B batch, T length, S key length, D embed, N query heads, K key-value hea
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.errors import ConfigError
-from lm_jax.kernels import flash_attention as kernel
+from lm_jax.kernels.flash_attention import IMPLEMENTATIONS, AttentionMask, flash_attention
 from lm_jax.models.linear import linear, linears
 from lm_jax.models.norms import NormConfig, norm, norm_specs
 from lm_jax.models.positions import POSITIONS, PositionConfig
-from lm_jax.params import Initializer, ParamSpec, scaled_normal
+from lm_jax.params import Initializer, ParamSpec, scaled_normal, zeros
 from lm_jax.sharding import constrain
 
 Array = jax.Array
@@ -32,6 +33,13 @@ class AttentionConfig(NormConfig, PositionConfig):
       kv_heads: key and value heads, each shared by `heads / kv_heads` query heads; None: one each.
       head_dim: width of a head; None: `embed / heads`.
       qk_norm: whether queries and keys are normalised a head (Henry et al. 2020, arXiv:2010.04245).
+      window: a position sees those less than so far before it, itself included (Beltagy et al. 2020,
+        arXiv:2004.05150); None: all of them.
+      attention_soft_cap: scores become `cap * tanh(scores / cap)`; None: they stay (Gemma 2, arXiv:2408.00118).
+      attention_sinks: whether each head learns a logit that takes its share of the softmax and gives nothing (Xiao et
+        al. 2023, arXiv:2309.17453).
+      attention_kernel: what computes it: `reference`, `xla`, `pallas_tpu` or `cudnn`; None: the first of the platform's
+        that can.
     """
 
     embed: int = 256
@@ -39,14 +47,24 @@ class AttentionConfig(NormConfig, PositionConfig):
     kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
+    window: int | None = None
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
+    attention_kernel: str | None = None
 
     def __post_init__(self) -> None:
         NormConfig.__post_init__(self)
         PositionConfig.__post_init__(self)
-        for name in ("embed", "heads", "kv_heads", "head_dim"):
+        for name in ("embed", "heads", "kv_heads", "head_dim", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"model.{name}", f"{value} is too small", "use 1 or more")
+        cap = self.attention_soft_cap
+        if cap is not None and not 0 < cap < math.inf:
+            raise ConfigError("model.attention_soft_cap", f"{cap} is out of range", "use a finite number above 0")
+        if self.attention_kernel not in (None, *IMPLEMENTATIONS):
+            known = ", ".join(IMPLEMENTATIONS)
+            raise ConfigError("model.attention_kernel", f"unknown {self.attention_kernel!r}", f"use one of {known}")
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.heads % self.key_heads:
@@ -83,7 +101,7 @@ class KeyValueCache(NamedTuple):
 
 
 def attention_specs(c: AttentionConfig, out: Initializer) -> dict[str, Any]:
-    """`query`, `key`, `value`, `out` (which starts as `out` says), and the gains of the two norms a head."""
+    """`query`, `key`, `value`, `out` (which starts as `out` says), the gains of the two norms a head, the sinks."""
     into = scaled_normal(c.embed)
     kv = ParamSpec((c.embed, c.key_heads, c.head_size), ("embed", "kv_heads", "head_dim"), into)
     specs: dict[str, Any] = {
@@ -94,6 +112,8 @@ def attention_specs(c: AttentionConfig, out: Initializer) -> dict[str, Any]:
     }
     if c.qk_norm:
         specs |= {"query_norm": norm_specs(c, c.head_size), "key_norm": norm_specs(c, c.head_size)}
+    if c.attention_sinks:
+        specs["sinks"] = ParamSpec((c.heads,), ("heads",), zeros, fan_in=(), decay=False)
     return specs
 
 
@@ -128,15 +148,27 @@ def attention(
     k, v = (constrain(a, "batch", "key_length", "kv_heads", "head_dim") for a in (k, v))
     if cache is None:
         keys_BS = None if segment_ids_BT is None else constrain(segment_ids_BT, "batch", "key_length")
-        mask = kernel.AttentionMask(q_segment_ids=segment_ids_BT, kv_segment_ids=keys_BS)
+        mask = AttentionMask(window=c.window, q_segment_ids=segment_ids_BT, kv_segment_ids=keys_BS)
     else:
-        mask, cache = _extend(cache, k, v)
+        mask, cache = _extend(cache, k, v, c.window)
         k, v = cache.keys, cache.values
-    y = checkpoint_name(kernel.attention(q, k, v, mask=mask), "attention")
+    y = flash_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        soft_cap=c.attention_soft_cap,
+        position_bias=POSITIONS[c.position].bias(c.heads),
+        sinks_N=params.get("sinks"),
+        implementation=c.attention_kernel,
+    )
+    y = checkpoint_name(y, "attention")
     return linear(y, params["out"], ("heads", "head_dim"), ("features",)), cache
 
 
-def _extend(cache: KeyValueCache, k_BTKH: Array, v_BTKH: Array) -> tuple[kernel.AttentionMask, KeyValueCache]:
+def _extend(
+    cache: KeyValueCache, k_BTKH: Array, v_BTKH: Array, window: int | None
+) -> tuple[AttentionMask, KeyValueCache]:
     """The cache with further keys and values behind what each row holds, and the mask that these queries need."""
 
     def put(old_SKH: Array, new_TKH: Array, at: Array) -> Array:
@@ -145,7 +177,7 @@ def _extend(cache: KeyValueCache, k_BTKH: Array, v_BTKH: Array) -> tuple[kernel.
     keys = jax.vmap(put)(cache.keys, k_BTKH, cache.length)
     values = jax.vmap(put)(cache.values, v_BTKH, cache.length)
     length = cache.length + k_BTKH.shape[1]
-    mask = kernel.AttentionMask(q_offset=cache.length, kv_length=length)
+    mask = AttentionMask(window=window, q_offset=cache.length, kv_length=length)
     return mask, KeyValueCache(keys, values, length)
 
 

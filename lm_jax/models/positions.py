@@ -1,7 +1,7 @@
 """Position encodings, by name.
 
 A position encoding is a `PositionEncoding`: what it prepares once for a forward pass from the positions, and how it
-turns a layer's queries and keys with that.
+turns a layer's queries and keys with that, or what it adds to their scores.
 
 Shapes: B batch, T length, N heads, H head dim.
 """
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm_jax.errors import ConfigError
+from lm_jax.kernels.flash_attention import PositionBias, Slopes
 from lm_jax.sharding import constrain
 
 Array = jax.Array
@@ -24,7 +26,7 @@ class PositionConfig:
     """How a model knows where a token stands.
 
     Attributes:
-      position: the encoding: `rope` or `none`.
+      position: the encoding: `rope`, `alibi` or `none`.
       rope_base: base of the rotary wavelengths; the longest is `2 pi * base` tokens.
     """
 
@@ -43,10 +45,12 @@ class PositionConfig:
 
 
 class PositionEncoding(NamedTuple):
-    """Hooks of an encoding: `prepare(positions_BT, head_dim, c) -> state`; `rotate(x_BTNH, state) -> x_BTNH`."""
+    """Hooks of an encoding: `prepare(positions_BT, head_dim, c) -> state`; `rotate(x_BTNH, state) -> x_BTNH`; `bias`,
+    which gives what so many heads add to their scores, or None."""
 
     prepare: Callable[[Array, int, PositionConfig], Any]
     rotate: Callable[[Array, Any], Array]
+    bias: Callable[[int], PositionBias | None]
 
 
 def _rope_prepare(positions_BT: Array, head_dim: int, c: PositionConfig) -> tuple[Array, Array]:
@@ -82,7 +86,30 @@ def _rope_backward(state: tuple[Array, Array], g_BTNH: Array) -> tuple[Array, No
 
 _rope_rotate.defvjp(_rope_forward, _rope_backward)
 
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """`[N]`: how fast each head's attention falls with distance (Press et al. 2022, arXiv:2108.12409): `2^(-8 i / N)`
+    for the powers of two; for other counts the largest power below, then every second slope of the next one."""
+    power = 2 ** (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * power + 1, 2) / power)
+    return np.concatenate([slopes, between[: heads - power]]).astype(np.float32)
+
+
+def _nothing(positions_BT: Array, head_dim: int, c: PositionConfig) -> None:
+    return None
+
+
+def _as_it_is(x_BTNH: Array, state: None) -> Array:
+    return x_BTNH
+
+
+def _no_bias(heads: int) -> None:
+    return None
+
+
 POSITIONS: dict[str, PositionEncoding] = {
-    "rope": PositionEncoding(_rope_prepare, _rope_rotate),
-    "none": PositionEncoding(lambda positions_BT, head_dim, c: None, lambda x_BTNH, state: x_BTNH),
+    "rope": PositionEncoding(_rope_prepare, _rope_rotate, _no_bias),
+    "alibi": PositionEncoding(_nothing, _as_it_is, lambda heads: Slopes(jnp.asarray(alibi_slopes(heads)))),
+    "none": PositionEncoding(_nothing, _as_it_is, _no_bias),
 }

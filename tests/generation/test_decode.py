@@ -120,7 +120,14 @@ def test_other_prompts_find_it_compiled() -> None:
     assert decode._generate._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("changes", [{"tied": True, "logit_soft_cap": 5.0}, {"qk_norm": True, "norm": "rms_no_gain"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tied": True, "logit_soft_cap": 5.0},
+        {"qk_norm": True, "norm": "rms_no_gain"},
+        {"position": "alibi", "window": 4, "attention_soft_cap": 3.0, "attention_sinks": True},
+    ],
+)
 def test_variants(changes: dict[str, Any]) -> None:
     c = tiny.config(**changes)
     params = tiny.parameters(c)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.models.positions import POSITIONS, PositionConfig
+from lm_jax.models.positions import POSITIONS, PositionConfig, alibi_slopes
 
 C = PositionConfig(rope_base=100.0)
 ROPE = POSITIONS["rope"]
@@ -57,3 +57,12 @@ def test_no_positions() -> None:
     none = POSITIONS["none"]
     x = jnp.ones((1, 4, 2, 8))
     assert none.rotate(x, none.prepare(jnp.arange(4)[None], 8, C)) is x
+
+
+def test_alibi_slopes_are_those_of_the_paper() -> None:
+    """The geometric sequence that the paper names for 8 heads, and its rule for counts between powers of two."""
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(16)[:3], [2**-0.5, 2**-1.0, 2**-1.5])
+    np.testing.assert_allclose(alibi_slopes(12), [*alibi_slopes(8), *alibi_slopes(16)[0:8:2]])
+    np.testing.assert_allclose(alibi_slopes(1), [2.0**-8])
+    assert all(len(alibi_slopes(n)) == n and (alibi_slopes(n) > 0).all() for n in range(1, 40))

@@ -23,6 +23,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"scan": False, "qk_norm": True, "logit_soft_cap": 8.0, "feed_forward": "squared_relu"},
     {"norm": "rms_no_gain", "position": "none", "kv_heads": 1},
+    {"position": "alibi", "attention_soft_cap": 3.0, "attention_sinks": True},
 ]
 
 
@@ -64,6 +65,34 @@ def test_causality_by_gradient(changes: dict[str, Any], segments: list | None) -
     expected = np.tril(same)
     np.testing.assert_array_equal(reads[:, :T] > 0, expected)
     assert not reads[:, T:].any()
+
+
+def test_a_window_ends_what_a_layer_reads() -> None:
+    c = tiny.config(window=3, layers=1)
+    params = tiny.parameters(c)
+
+    def outputs(embedding: jax.Array) -> jax.Array:
+        return hidden(params | {"embedding": embedding}, jnp.arange(8)[None], c=c)[0][0].sum(-1)
+
+    reads = np.abs(jax.jacrev(outputs)(params["embedding"])).sum(-1)[:, :8] > 0  # [T, position]
+    far = np.arange(8)[:, None] - np.arange(8)
+    np.testing.assert_array_equal(reads, (far >= 0) & (far < 3))
+
+
+def test_the_options_of_attention_reach_the_kernel() -> None:
+    """Each changes the output, and the named kernel is the one that computes it."""
+    tokens = jnp.arange(8)[None]
+
+    def output(**changes: Any) -> np.ndarray:
+        c = tiny.config(**changes)
+        return np.asarray(hidden(tiny.parameters(c), tokens, c=c)[0])  # names decide what parameters start as
+
+    plain = output()
+    for changes in ({"attention_soft_cap": 0.01}, {"attention_sinks": True}, {"position": "alibi"}, {"window": 2}):
+        assert np.abs(output(**changes) - plain).max() > 1e-3, changes
+    np.testing.assert_allclose(output(attention_kernel="reference"), plain, atol=1e-5)
+    with pytest.raises(ValueError, match="'cudnn' cannot serve this call"):
+        output(attention_kernel="cudnn")
 
 
 def test_packed_rows_equal_the_documents_alone() -> None:
@@ -226,7 +255,10 @@ def test_zero_output_projections_make_identity_blocks() -> None:
         {"output_init": "ones"},
         {"norm": "layer"},
         {"norm_epsilon": 0.0},
-        {"position": "alibi"},
+        {"position": "sinusoid"},
+        {"window": 0},
+        {"attention_soft_cap": 0.0},
+        {"attention_kernel": "flash"},
         {"rope_base": 1.0},
         {"feed_forward": "relu"},
         {"feed_forward_dim": 0},

@@ -1,36 +1,52 @@
-"""Attention in several blocks of queries, its rows, heads and length split over eight devices, against one device."""
+"""Attention with its rows, heads and length split over eight devices, against one device: values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.kernels.flash_attention import AttentionMask, attention
-from lm_jax.sharding import MeshConfig, constrain
+from lm_jax.kernels.flash_attention import AttentionMask, DistanceTable, Slopes, flash_attention
+from lm_jax.sharding import MeshConfig
 from tests.multi_device import layouts
 
 RANDOM = np.random.default_rng(0)
 B, T, N, K, H = 8, 304, 4, 2, 8  # three blocks, the last one not full
-Q, KEYS, VALUES, G = (RANDOM.standard_normal((B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
+SHAPES = {"q": (B, T, N, H), "k": (B, T, K, H), "v": (B, T, K, H), "sinks": (N,), "slopes": (N,), "table": (N, 50)}
+ARRAYS = {name: RANDOM.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+G, G_LSE = (RANDOM.standard_normal(s).astype(np.float32) for s in ((B, T, N, H), (B, T, N)))
 SEGMENTS = np.sort(RANDOM.integers(0, 3, (B, T)), -1).astype(np.int32)
+OFFSETS = np.arange(B, dtype=np.int32)
 
 
-@jax.jit
-def value_and_gradients(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, ids: jax.Array) -> list[jax.Array]:
-    q, g = (constrain(a, "batch", "length", "heads", "head_dim") for a in (q, g))
-    k, v = (constrain(a, "batch", "key_length", "kv_heads", "head_dim") for a in (k, v))
-    of_queries, of_keys = constrain(ids, "batch", "length"), constrain(ids, "batch", "key_length")
-    mask = AttentionMask(q_segment_ids=of_queries, kv_segment_ids=of_keys)
-    y, back = jax.vjp(lambda q, k, v: attention(q, k, v, mask=mask), q, k, v)
-    return [y, *back(g)]
+def value_and_gradients(arrays: dict[str, Any], ids: jax.Array, offsets: jax.Array, bias: str) -> dict[str, Any]:
+    mask = AttentionMask(q_segment_ids=ids, kv_segment_ids=ids, q_offset=offsets, window=200)
+
+    def f(a: dict[str, Any]) -> Any:
+        of_bias = Slopes(a["slopes"]) if bias == "slopes" else DistanceTable(a["table"])
+        return flash_attention(
+            a["q"], a["k"], a["v"], mask=mask, position_bias=of_bias, sinks_N=a["sinks"], return_lse=True
+        )
+
+    (out, lse), back = jax.vjp(f, arrays)
+    g, g_lse = (jax.sharding.reshard(jnp.asarray(a), jax.typeof(b).sharding) for a, b in ((G, out), (G_LSE, lse)))
+    return {"out": out, "lse": lse} | back((g, g_lse))[0]
 
 
-def run(config: MeshConfig) -> list[np.ndarray]:
+def run(config: MeshConfig, bias: str) -> dict[str, np.ndarray]:
     with jax.set_mesh(layouts.mesh_of(config)):
-        return [np.asarray(a) for a in value_and_gradients(Q, KEYS, VALUES, G, SEGMENTS)]
+        got = jax.jit(value_and_gradients, static_argnums=3)(ARRAYS, SEGMENTS, OFFSETS, bias)
+        return {name: np.asarray(a) for name, a in got.items()}
 
 
 assert len(jax.devices()) == 8
-EXPECTED = run(layouts.ONE)
-for layout in layouts.SOME:
-    worst = max(layouts.relative(a, b) for a, b in zip(run(layout), EXPECTED, strict=True))
-    assert worst < 1e-6, (layout, worst)
-    print(layout, worst, flush=True)
+for kind in ("slopes", "table"):
+    expected = run(layouts.ONE, kind)
+    for layout in layouts.SOME:
+        got = run(layout, kind)
+        for name, want in expected.items():
+            if want.any():  # the other bias has no gradient
+                assert layouts.relative(got[name], want) < 2e-6, (layout, name, layouts.relative(got[name], want))
+        print(layout, kind, flush=True)

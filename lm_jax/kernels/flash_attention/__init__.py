@@ -1,6 +1,17 @@
 """Attention: one description of masks, one function, an implementation a file."""
 
-from lm_jax.kernels.flash_attention.mask import AttentionMask
-from lm_jax.kernels.flash_attention.xla import attention
+from lm_jax.kernels.flash_attention.api import IMPLEMENTATIONS, flash_attention
+from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
+from lm_jax.kernels.flash_attention.mask import PATTERNS, AttentionMask, LocalGlobal, Strided
 
-__all__ = ["AttentionMask", "attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PATTERNS",
+    "AttentionMask",
+    "DistanceTable",
+    "LocalGlobal",
+    "PositionBias",
+    "Slopes",
+    "Strided",
+    "flash_attention",
+]

@@ -1,0 +1,84 @@
+"""How the TPU kernels cut their work: a table by chip, head dim and dtype, each row with what chose it.
+
+`python -m benchmarks.attention --tune` makes rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from absl import logging
+
+from lm_jax.kernels.flash_attention.implementation import Call
+from lm_jax.kernels.flash_attention.pallas_tpu_backward import BackwardBlocks
+from lm_jax.kernels.flash_attention.pallas_tpu_forward import ForwardBlocks
+from lm_jax.sharding import device_kind
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+      chip: as JAX names it (`device_kind`).
+      head_dim: up to which the row was tuned.
+      dtype: what the matrix unit multiplies, `bfloat16` or `float32`.
+      forward, backward: the blocks.
+      measured: what chose them.
+    """
+
+    chip: str
+    head_dim: int
+    dtype: str
+    forward: ForwardBlocks
+    backward: BackwardBlocks
+    measured: str
+
+
+_LARGE = BackwardBlocks(8192, 8192, 512, 512)
+TABLE = (
+    Row("TPU v6 lite", 128, "bfloat16", ForwardBlocks(8192, 8192, 512, 512, True), _LARGE, ""),
+    Row("TPU v5 lite", 128, "bfloat16", ForwardBlocks(8192, 8192, 512, 512, False), _LARGE, ""),
+    # Interpreted, for tests: so small that short rows have chunks and blocks of every kind.
+    Row("cpu", 128, "float32", ForwardBlocks(256, 256, 128, 128, True), BackwardBlocks(256, 256, 128, 128), "nothing"),
+)
+
+
+def forward_blocks(call: Call) -> ForwardBlocks:
+    """The blocks of the forward kernel for a call, on the chip of the current mesh."""
+    return _row(call).forward
+
+
+def backward_blocks(call: Call) -> BackwardBlocks:
+    """The blocks of the backward kernel for a call, on the chip of the current mesh."""
+    return _row(call).backward
+
+
+def _row(call: Call) -> Row:
+    narrow = call.q_BTNH.dtype == jnp.bfloat16
+    return row(device_kind(), call.q_BTNH.shape[3], "bfloat16" if narrow else "float32")
+
+
+@functools.cache
+def row(chip: str, head_dim: int, dtype: str) -> Row:
+    """The row of that chip that fits best: of its dtype, for heads at least as wide, and of those the narrowest. For a
+    chip without any, the nearest row of another chip, with one warning."""
+    rows = [r for r in TABLE if r.chip == chip]
+    if not rows:
+        rows = [r for r in TABLE if r.chip != "cpu"]
+
+    def distance(r: Row) -> tuple[bool, bool, int]:
+        return r.dtype != dtype, r.head_dim < head_dim, abs(r.head_dim - head_dim)
+
+    best = min(rows, key=distance)
+    if best.chip != chip:
+        logging.warning(
+            "Attention has no tuned block sizes for %s: it uses those of %s, head dim %d, %s. "
+            "`python -m benchmarks.attention --tune` finds its own.",
+            chip,
+            best.chip,
+            best.head_dim,
+            best.dtype,
+        )
+    return best

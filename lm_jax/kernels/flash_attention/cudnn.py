@@ -1,0 +1,62 @@
+"""Attention by cuDNN, through `jax.nn.dot_product_attention`: for the plain masks, on NVIDIA GPUs.
+
+Shapes: B batch, T queries, S keys, N query heads, K key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.kernels.flash_attention.implementation import Call, Implementation
+from lm_jax.sharding import device_kind, platform
+
+Array = jax.Array
+
+
+def refuses(call: Call) -> str | None:
+    """Why cuDNN cannot serve a call, or None."""
+    mask, H = call.mask, call.q_BTNH.shape[3]
+    if platform() != "gpu" or "NVIDIA" not in device_kind():
+        return f"it needs an NVIDIA GPU, and this is {device_kind()}"
+    if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, and the queries are {call.q_BTNH.dtype}"
+    if H > 128 or H % 8:
+        return f"it needs a head dim of at most 128 that 8 divides, and it is {H}"
+    parts = {
+        "segment ids": mask.q_segment_ids is not None,
+        "a prefix": mask.prefix_length is not None,
+        "a pattern": mask.pattern is not None,
+        "an offset of the queries": not isinstance(mask.q_offset, int) or mask.q_offset > 0,
+        "lengths a row": not (mask.kv_length is None or isinstance(mask.kv_length, int)),
+        "a row without keys": mask.kv_length == 0 if isinstance(mask.kv_length, int) else False,
+        "a window on both sides": mask.window is not None and not mask.causal,
+        "a soft cap": call.soft_cap is not None,
+        "a position bias": call.position_bias is not None,
+        "sinks": call.sinks_N is not None,
+        "the log-sum-exp (cuDNN's is rounded and has no gradient)": call.return_lse,
+    }
+    wanted = [name for name, asked in parts.items() if asked]
+    return f"it has no {', no '.join(wanted)}" if wanted else None
+
+
+def attend(call: Call) -> tuple[Array, None]:
+    """The output; `refuses` has ruled out calls that want the log-sum-exp."""
+    mask = call.mask
+    k, v = call.k_BSKH, call.v_BSKH
+    if isinstance(mask.kv_length, int):
+        k, v = k[:, : mask.kv_length], v[:, : mask.kv_length]
+    window = None if mask.window is None else (mask.window - 1, 0)  # theirs counts the keys before the query
+    out = jax.nn.dot_product_attention(
+        call.q_BTNH,
+        k,
+        v,
+        scale=call.scale,
+        is_causal=mask.causal,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return out, None
+
+
+IMPLEMENTATION = Implementation("cudnn", refuses, attend)

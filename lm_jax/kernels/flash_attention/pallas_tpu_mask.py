@@ -1,0 +1,184 @@
+"""What the TPU kernels share about the mask: its operands, how it looks on a chunk of scores, and the list of chunks.
+
+On a chunk, positions stand as a row (along lanes) for the one side and as columns (down sublanes) for the other; all
+that depends on the query alone is computed on its small shape, so that a score costs one comparison a bound.
+
+Shapes: B batch, T queries, S keys, I and J chunks of queries and of keys, X blocks of a grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.kernels.flash_attention.mask import AttentionMask, Pattern
+from lm_jax.kernels.flash_attention.schedule import DEAD, live_tiles, tile_kinds
+
+Array = jax.Array
+LANES = 128
+LOG2E = 1.4426950408889634
+Q_OFFSET, PREFIX_LENGTH, KV_LENGTH = range(3)  # the columns of `scalars_B3`
+
+
+class Parts(NamedTuple):
+    """What of a mask is known when a kernel is traced: the rules, and which operands there are."""
+
+    causal: bool
+    window: int | None
+    pattern: Pattern | None
+    prefix: bool
+    length: bool
+    segments: bool
+
+
+def parts_of(mask: AttentionMask, padded: bool) -> Parts:
+    """`padded`: keys were added behind the last one, which `kv_length` must hide."""
+    prefix, length = mask.prefix_length is not None, padded or mask.kv_length is not None
+    return Parts(mask.causal, mask.window, mask.pattern, prefix, length, mask.q_segment_ids is not None)
+
+
+def scalars_B3(mask: AttentionMask, B: int, S: int) -> Array:
+    """`[B, 3]` int32: `q_offset`, `prefix_length` and `kv_length` (at most `S`) of each row."""
+    prefix = 0 if mask.prefix_length is None else mask.prefix_length
+    rows = [
+        jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B,)) for x in (mask.q_offset, prefix, _at_most(mask.kv_length, S))
+    ]
+    return jnp.stack(rows, 1)
+
+
+def segment_rows(mask: AttentionMask, T: int, S: int) -> tuple[Array, ...]:
+    """`[B, 1, T]` and `[B, 1, S]` int32 ids, padded to `T` and `S`, or nothing; two ids are equal only where they see
+    each other (padding is -1 among the queries and -2 among the keys)."""
+    if mask.q_segment_ids is None or mask.kv_segment_ids is None:
+        return ()
+    return _id_row(mask.q_segment_ids, T, -1), _id_row(mask.kv_segment_ids, S, -2)
+
+
+def _id_row(ids_BT: Array, length: int, padding: int) -> Array:
+    ids = jnp.where(ids_BT < 0, padding, ids_BT.astype(jnp.int32))
+    return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=padding)[:, None]
+
+
+def row(n: int) -> Array:
+    """`[1, n]`: consecutive positions from 0, along lanes."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, n), 1)
+
+
+def columns(m: int) -> Array:
+    """`[m, 128]`: consecutive positions from 0, down sublanes, the same in every lane. To be kept in VMEM: loading them
+    costs nothing, while the compiler would make them anew for each score."""
+    return jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 0)
+
+
+def row_as_columns(row_1m: Array) -> Array:
+    """`[1, m]` in VMEM along lanes -> `[m, 128]`, the same in every lane."""
+    return jnp.transpose(jnp.broadcast_to(row_1m, (LANES, row_1m.shape[1])))
+
+
+def widen(columns_m: Array, n: int) -> Array:
+    """`[m, 128]` -> `[m, n]`, the same in every column."""
+    return jnp.concatenate([columns_m] * (n // LANES), axis=1)
+
+
+class Bounds(NamedTuple):
+    """The keys that a query sees by position, in the shape of the queries' positions; None where there is no such end.
+
+    It sees `low <= k < high`, and with a window or a pattern also `k < prefix`.
+    """
+
+    low: Any
+    high: Any
+    prefix: Any
+
+
+def bounds(parts: Parts, prefix: Any, length: Any, q: Array) -> Bounds:
+    """Args: the row's scalars and the positions of queries, all counted from the first key of a chunk."""
+    low = None if parts.window is None else q - (parts.window - 1)
+    high = None
+    if parts.causal:
+        high = q + 1
+    elif parts.window is not None:
+        high = q + parts.window
+    simple = low is None and parts.pattern is None  # then the prefix only moves the upper end
+    if parts.prefix and simple and high is not None:
+        high = jnp.maximum(high, prefix)
+    if parts.length:
+        high = jnp.full(q.shape, length) if high is None else jnp.minimum(high, length)
+        prefix = jnp.minimum(prefix, length)
+    return Bounds(low, high, None if simple or not parts.prefix else prefix)
+
+
+def visible(ends: Bounds, pattern: Array | None, k: Array, ids: tuple[Array, ...] = ()) -> Array | None:
+    """Which scores of a chunk count, or None where all do.
+
+    Args:
+      pattern: what the pattern of blocks lets through, or None.
+      k: positions of the keys, from the first: constants, so that only the small bounds move.
+      ids: the segment ids of queries and keys; nothing where there are none.
+    """
+    see = None if ends.high is None else k < ends.high
+    see = _both(see, None if ends.low is None else k >= ends.low)
+    see = _both(see, pattern)
+    if ends.prefix is not None:
+        assert see is not None
+        see |= k < ends.prefix
+    return _both(see, ids[0] == ids[1] if ids else None)
+
+
+def pattern_sees(pattern: Pattern, q: Array, k: Array) -> Array:
+    """For positions that broadcast against each other."""
+    return pattern.sees(_block_of(q, pattern.block), _block_of(k, pattern.block))
+
+
+def _block_of(position: Array, block: int) -> Array:
+    """`position // block`, rounded down, of which Pallas can lower only the parts without knowing the chip."""
+    return jax.lax.div(position - position % block, block)
+
+
+def _both(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def work_lists(mask: AttentionMask, T: int, S: int, chunks: tuple[int, int], per: tuple[int, int]) -> Any:
+    """The chunks that each block of the kernel's grid has to compute.
+
+    Args:
+      chunks: queries and keys of a chunk; where the keys do not fill theirs, `kv_length` must hide what is added.
+      per: chunks of queries and of keys in a block.
+
+    Returns:
+      `[B or 1, X, X', 1, 2 + I * J]` int32 for X blocks of queries and X' of keys: how many chunks are partly open, how
+      many open, then `pack(i, j)` of the partly open ones, of the open ones, and of the rest. In numpy where the mask
+      is static.
+    """
+    if S % chunks[1]:
+        mask = dataclasses.replace(mask, kv_length=_at_most(mask.kv_length, S))
+    kinds = tile_kinds(mask, T, S + -S % chunks[1], *chunks)
+    xp = np if isinstance(kinds, np.ndarray) else jnp
+    B, rows, cols = kinds.shape
+    kinds = xp.pad(kinds, ((0, 0), (0, -rows % per[0]), (0, -cols % per[1])), constant_values=DEAD)
+    x, y = kinds.shape[1] // per[0], kinds.shape[2] // per[1]
+    kinds = xp.swapaxes(kinds.reshape(B, x, per[0], y, per[1]), 2, 3).reshape(B, x, y, per[0] * per[1])
+    counts, order = live_tiles(kinds)
+    return xp.concatenate([counts, pack(order // per[1], order % per[1])], -1)[:, :, :, None]
+
+
+def pack(i: Any, j: Any) -> Any:
+    """Two indices in one int32: a kernel takes them apart without a division."""
+    return (i << 16) | j
+
+
+def unpack(work: Any) -> tuple[Any, Any]:
+    return work >> 16, work & 0xFFFF
+
+
+def _at_most(length: Array | int | None, S: int) -> Array | int:
+    if length is None or isinstance(length, int):
+        return S if length is None else min(length, S)
+    return jnp.minimum(length, S)

@@ -1,0 +1,190 @@
+"""The one function: what it refuses, whom it chooses and what it says; and that every kernel here is ours."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax.kernels.flash_attention import (
+    IMPLEMENTATIONS,
+    AttentionMask,
+    DistanceTable,
+    LocalGlobal,
+    Slopes,
+    Strided,
+    api,
+    flash_attention,
+)
+from lm_jax.sharding import one_device_mesh
+
+ROOT = Path(__file__).resolve().parents[3]
+B, T, S, N, K, H = 2, 6, 8, 4, 2, 8
+
+
+def inputs(dtype: Any = jnp.float32) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    shapes = {"q_BTNH": (B, T, N, H), "k_BSKH": (B, S, K, H), "v_BSKH": (B, S, K, H)}
+    return {name: jnp.asarray(random.standard_normal(shape), dtype) for name, shape in shapes.items()}
+
+
+def ids(*shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.int32)
+
+
+CAUSAL = AttentionMask()
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"q_BTNH": jnp.ones((T, N, H))}, "q_BTNH has shape (6, 4, 8): it must have 4 dimensions, B, T, N, H"),
+    "integers": ({"k_BSKH": ids(B, S, K, H)}, "k_BSKH is int32: use one of bfloat16, float16, float32, float64"),
+    "two dtypes": ({"v_BSKH": jnp.ones((B, S, K, H), jnp.bfloat16)}, "v_BSKH is bfloat16 and q_BTNH is float32"),
+    "nothing": ({"q_BTNH": jnp.ones((B, 0, N, H))}, "no dimension may be 0"),
+    "values": ({"v_BSKH": jnp.ones((B, S - 1, K, H))}, "k_BSKH has shape (2, 8, 2, 8) and v_BSKH (2, 7, 2, 8)"),
+    "rows": ({"q_BTNH": jnp.ones((3, T, N, H))}, "k_BSKH has 2 rows and q_BTNH 3"),
+    "head dim": ({"q_BTNH": jnp.ones((B, T, N, 16))}, "k_BSKH has head dim 8 and q_BTNH 16"),
+    "heads": ({"q_BTNH": jnp.ones((B, T, 3, H))}, "k_BSKH has 2 heads, which 3 query heads of q_BTNH cannot share"),
+    "scale": ({"scale": float("nan")}, "scale is nan: it must be finite"),
+    "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0: it must be above 0"),
+    "sinks": ({"sinks_N": jnp.ones(3)}, "sinks_N has shape (3,): with these query heads it must be (4,)"),
+    "integer sinks": ({"sinks_N": ids(4)}, "sinks_N is int32: it must be floating"),
+    "slopes": ({"position_bias": Slopes(jnp.ones(2))}, "position_bias.slopes_N has shape (2,)"),
+    "table": ({"position_bias": DistanceTable(jnp.ones((3, 5)))}, "position_bias.table_NR has shape (3, 5)"),
+    "empty table": ({"position_bias": DistanceTable(jnp.ones((4, 0)))}, "it needs an entry at least"),
+    "bias": ({"position_bias": jnp.ones((4, T, S))}, "position_bias is a ArrayImpl: use Slopes or DistanceTable"),
+    "query ids": (
+        {"mask": AttentionMask(q_segment_ids=ids(B, S), kv_segment_ids=ids(B, S))},
+        "mask.q_segment_ids has shape (2, 8): it must be (2, 6)",
+    ),
+    "key ids": (
+        {"mask": AttentionMask(q_segment_ids=ids(B, T), kv_segment_ids=ids(B, T))},
+        "mask.kv_segment_ids has shape (2, 6): it must be (2, 8)",
+    ),
+    "ids that wrap around": (
+        {
+            "mask": AttentionMask(
+                q_segment_ids=jnp.zeros((B, T), jnp.uint32), kv_segment_ids=jnp.zeros((B, S), jnp.uint32)
+            )
+        },
+        "mask.q_segment_ids is uint32: use int32",
+    ),
+    "offset": ({"mask": AttentionMask(q_offset=-3)}, "mask.q_offset is -3: it counts positions"),
+    "lengths": ({"mask": AttentionMask(kv_length=jnp.array([1, 2, 3]))}, "mask.kv_length has shape (3,)"),
+    "float prefix": ({"mask": AttentionMask(prefix_length=jnp.ones(B))}, "mask.prefix_length is float32"),
+    "name": ({"implementation": "flash"}, "implementation is 'flash': use one of reference, xla, pallas_tpu, cudnn"),
+    "a GPU's": ({"implementation": "cudnn"}, "implementation 'cudnn' cannot serve this call: it needs an NVIDIA GPU"),
+    "a table on a TPU": (
+        {"implementation": "pallas_tpu", "position_bias": DistanceTable(jnp.ones((4, 5)))},
+        "implementation 'pallas_tpu' cannot serve this call: it has no DistanceTable",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_mistakes_are_named_when_tracing(name: str) -> None:
+    changes, message = MISTAKES[name]
+    arguments = {**inputs(), "mask": CAUSAL, **changes}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(lambda: flash_attention(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AttentionMask(q_segment_ids=ids(B, T)), "q_segment_ids and kv_segment_ids go together"),
+        (lambda: AttentionMask(window=0), "window is 0: a query sees at least itself"),
+        (lambda: Strided(stride=0), "Strided.stride is 0: use 1 or more"),
+        (lambda: LocalGlobal(block=-1), "LocalGlobal.block is -1: use 1 or more"),
+    ],
+)
+def test_masks_check_themselves(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """They are known when tracing, as Python's are: a schedule can be made of them."""
+    a = inputs()
+    offset, length = np.int64(2), np.array(7)
+    got = flash_attention(**a, mask=AttentionMask(q_offset=offset, kv_length=length))  # type: ignore[arg-type]
+    want = flash_attention(**a, mask=AttentionMask(q_offset=2, kv_length=7), implementation="reference")
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    rows = flash_attention(**a, mask=AttentionMask(q_offset=np.array([2, 2])))  # type: ignore[arg-type]
+    np.testing.assert_allclose(rows, flash_attention(**a, mask=AttentionMask(q_offset=2)), atol=1e-6)
+
+
+def test_parts_over_keys_merge_exactly() -> None:
+    """What `return_lse` is for: two halves of the keys, weighed by their log-sum-exp, give the whole, and gradients."""
+    a = inputs()
+
+    def half(q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, keys: slice) -> Any:
+        mask = AttentionMask(causal=False)
+        return flash_attention(q, k[:, keys], v[:, keys], mask=mask, sinks_N=sinks, return_lse=True)
+
+    def merged(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        (x, lse_x), (y, lse_y) = half(q, k, v, sinks, slice(0, 3)), half(q, k, v, None, slice(3, S))
+        total = jnp.logaddexp(lse_x, lse_y)
+        return x * jnp.exp(lse_x - total)[..., None] + y * jnp.exp(lse_y - total)[..., None]
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        return half(q, k, v, sinks, slice(0, S))[0]
+
+    arguments = (*a.values(), jnp.linspace(-1, 1, N))
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, N, H)), jnp.float32)
+    (y, back), (y_whole, back_whole) = jax.vjp(merged, *arguments), jax.vjp(whole, *arguments)
+    np.testing.assert_allclose(y, y_whole, atol=1e-6)
+    for one, other in zip(back(g), back_whole(g), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_the_default_says_once_who_serves_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(api.logging, "info", lambda text, *a: said.append(text % a))
+    api._tell.cache_clear()
+    for _ in range(2):
+        flash_attention(**inputs(), mask=CAUSAL)
+    assert said == ["Attention on cpu is computed by xla (the first choice there)."]
+    monkeypatch.setattr(api, "platform", lambda: "tpu")
+    table = DistanceTable(jnp.ones((N, 5)))
+    with_table = flash_attention(**inputs(), mask=CAUSAL, position_bias=table)
+    assert said[1:] == ["Attention on tpu is computed by xla (pallas_tpu cannot: it has no DistanceTable)."]
+    np.testing.assert_allclose(
+        with_table, flash_attention(**inputs(), mask=CAUSAL, position_bias=table, implementation="reference"), atol=1e-6
+    )
+
+
+def test_without_the_lse_there_is_one_result() -> None:
+    out = flash_attention(**inputs(jnp.bfloat16), mask=CAUSAL)
+    assert (out.shape, out.dtype) == ((B, T, N, H), jnp.bfloat16)
+    out, lse = flash_attention(**inputs(jnp.bfloat16), mask=CAUSAL, return_lse=True)
+    assert (lse.shape, lse.dtype) == ((B, T, N), jnp.float32)
+
+
+def test_on_a_mesh_of_one_device_it_is_the_same() -> None:
+    plain = jax.jit(lambda a: flash_attention(**a, mask=CAUSAL))(inputs())
+    with jax.set_mesh(one_device_mesh()):
+        np.testing.assert_array_equal(jax.jit(lambda a: flash_attention(**a, mask=CAUSAL))(inputs()), plain)
+
+
+def test_every_kernel_is_ours() -> None:
+    """No file outside `benchmarks/` and this test imports another project's attention."""
+    foreign = re.compile(
+        r"(import|from)\s.*(splash_attention|pallas\.ops|flash_attention_jax|tokamax|maxtext|ejkernel|"
+        r"flash_attn|transformer_engine|cudnn\.fused|cudnn_fused)"
+    )
+    files = [p for room in ("lm_jax", "launch", "configs", "tests") for p in (ROOT / room).rglob("*.py")]
+    assert len(files) > 100
+    for path in files:
+        if path != Path(__file__):
+            for line in path.read_text().splitlines():
+                assert not foreign.search(line), f"{path}: {line}"
+    assert foreign.search("from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel")
+
+
+def test_names() -> None:
+    assert [i.name for i in IMPLEMENTATIONS.values()] == list(IMPLEMENTATIONS)
+    for order in api.DEFAULTS.values():
+        assert set(order) <= set(IMPLEMENTATIONS) and order[-1] == "xla", "xla refuses nothing"
