@@ -326,17 +326,17 @@ def _work(plan: _Plan, r: _Refs) -> None:
     singles = jax.lax.rem(masked, _PARTIAL_STEPS)
 
     def single(n: Any, _: Any) -> None:
-        _scores(plan, r, r.work[0, 2 + n], 0, True)
-        _products(plan, r, r.work[0, 2 + n], 0)
+        _scores(plan, r, n, 0, True)
+        _products(plan, r, n, 0)
 
     def steps(n: Any, first: Any, length: int, mask: bool) -> None:
         for m in range(length):
             at = first + n * length + m
-            _scores(plan, r, r.work[0, 2 + jnp.minimum(at + 1, count - 1)], (m + 1) % 2, mask)
-            _products(plan, r, r.work[0, 2 + at], m % 2)
+            _scores(plan, r, at + 1, (m + 1) % 2, mask)
+            _products(plan, r, at, m % 2)
 
     jax.lax.fori_loop(0, singles, single, None)
-    _scores(plan, r, r.work[0, 2 + jnp.minimum(singles, count - 1)], 0, True)
+    _scores(plan, r, singles, 0, True)
     bodies = jax.lax.div(masked, _PARTIAL_STEPS)
     jax.lax.fori_loop(0, bodies, lambda n, _: steps(n, singles, _PARTIAL_STEPS, True), None)
     jax.lax.fori_loop(0, open_bodies, lambda n, _: steps(n, masked, _OPEN_STEPS, False), None)
@@ -352,9 +352,11 @@ def _dot(plan: _Plan, a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _scores(plan: _Plan, r: _Refs, work: Any, slot: int, masked: bool) -> None:
-    """The probabilities of a chunk and the gradient of its scores, into a slot."""
-    i, j = masks.unpack(work)
+def _scores(plan: _Plan, r: _Refs, n: Any, slot: int, masked: bool) -> None:
+    """The probabilities of the list's n-th chunk and the gradient of its scores, into a slot; behind the end of the list
+    that of the last again, which nobody reads."""
+    count = r.work[0, 0] + r.work[0, 1]
+    i, j = masks.unpack(r.work[0, 2 + jnp.minimum(n, count - 1)])
     q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
     scores = _dot(plan, r.q[q_at], r.kT[:, k_at], (1, 0))
     slope_of_cap = None
@@ -369,14 +371,14 @@ def _scores(plan: _Plan, r: _Refs, work: Any, slot: int, masked: bool) -> None:
     dp = _dot(plan, r.d_out[q_at], r.vT[:, k_at], (1, 0)) - masks.widen(r.delta_columns[q_at], scores.shape[1])
     ds = p * dp
     if distance is not None:
-        r.d_slope[...] -= _folded(ds * distance)
+        r.d_slope[...] -= jnp.where(n < count, _folded(ds * distance), 0)
     r.p[slot] = p.astype(plan.dtype)
     r.ds[slot] = (ds if slope_of_cap is None else ds * slope_of_cap).astype(plan.dtype)
 
 
-def _products(plan: _Plan, r: _Refs, work: Any, slot: int) -> None:
-    """What the chunk of a slot adds to the gradients."""
-    i, j = masks.unpack(work)
+def _products(plan: _Plan, r: _Refs, n: Any, slot: int) -> None:
+    """What the list's n-th chunk, which is in a slot, adds to the gradients."""
+    i, j = masks.unpack(r.work[0, 2 + n])
     q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
     p, ds = r.p[slot], r.ds[slot]
     r.dvT[:, k_at] += _dot(plan, r.d_out[q_at], p, (0, 0))
@@ -393,25 +395,31 @@ def _folded(x_qk: Array) -> Array:
 
 def _distance(plan: _Plan, r: _Refs, i: Any, j: Any) -> Array:
     """`[q, k]` float32: how far a query stands from a key."""
-    q_at, _ = _positions(plan, r, i, j)
-    k = plan.blocks.kv_chunk
-    return jnp.abs(masks.widen(q_at, k) - masks.row(k)).astype(jnp.float32)
+    q_first, k_first = _firsts(plan, r, i, j)
+    between = masks.columns(plan.blocks.q_chunk) + (q_first - k_first)
+    pieces = [jnp.abs(between - (x + masks.row(LANES))) for x in range(0, plan.blocks.kv_chunk, LANES)]
+    return jnp.concatenate(pieces, axis=1).astype(jnp.float32)
 
 
-def _positions(plan: _Plan, r: _Refs, i: Any, j: Any) -> tuple[Array, Any]:
-    """Of a chunk: the positions of its queries, counted from its first key (`[q, 128]`), and that of its first key."""
-    blocks = plan.blocks
-    q_first = r.scalars[pl.program_id(0), masks.Q_OFFSET] + pl.program_id(4) * blocks.q + i * blocks.q_chunk
-    k_first = pl.program_id(2) * blocks.kv + j * blocks.kv_chunk
-    return (q_first - k_first) + masks.columns(blocks.q_chunk), k_first
+def _firsts(plan: _Plan, r: _Refs, i: Any, j: Any) -> tuple[Any, Any]:
+    """The positions of a chunk's first query and first key."""
+    q_first = pl.program_id(4) * plan.blocks.q + i * plan.blocks.q_chunk
+    k_first = pl.program_id(2) * plan.blocks.kv + j * plan.blocks.kv_chunk
+    return r.scalars[pl.program_id(0), masks.Q_OFFSET] + q_first, k_first
 
 
 def _masked(plan: _Plan, r: _Refs, scores_qk: Array, i: Any, j: Any) -> Array:
-    """`-inf` where a query does not see a key; by pieces of 128 keys, which share all that depends on the query alone."""
+    """`-inf` where a query does not see a key; by pieces of 128 keys, which share all that depends on the query alone.
+
+    Where the mask goes by distance, keys are counted from their query: that is a constant, and the bounds are scalars.
+    """
     q, k = scores_qk.shape
-    q_at, k_first = _positions(plan, r, i, j)
+    q_first, k_first = _firsts(plan, r, i, j)
+    start = masks.columns(q) if plan.parts.causal or plan.parts.window is not None else 0
     prefix, length = (r.scalars[pl.program_id(0), x] - k_first for x in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
-    ends = masks.bounds(plan.parts, prefix, length, q_at)
+    if plan.parts.prefix or plan.parts.length:
+        prefix, length = prefix - start, length - start
+    ends = masks.bounds(plan.parts, prefix, length, q_first - k_first)
     pieces = []
     for x in range(0, k, LANES):
         k_at = x + masks.row(LANES)
@@ -419,8 +427,8 @@ def _masked(plan: _Plan, r: _Refs, scores_qk: Array, i: Any, j: Any) -> Array:
         if plan.parts.segments:
             ids = r.id_columns[_chunk(i, q)], r.ids[1][:, pl.ds(pl.multiple_of(j * k + x, LANES), LANES)]
         if plan.parts.pattern is not None:
-            pattern = masks.pattern_sees(plan.parts.pattern, k_first + q_at, k_first + k_at)
-        see = masks.visible(ends, pattern, k_at, ids)
+            pattern = masks.pattern_sees(plan.parts.pattern, q_first + masks.columns(q), k_first + k_at)
+        see = masks.visible(ends, pattern, k_at - start, ids)
         scores = scores_qk[:, x : x + LANES]
         pieces.append(scores if see is None else jnp.where(see, scores, -jnp.inf))
     return jnp.concatenate(pieces, axis=1)

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
+from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call
 from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
 
@@ -84,7 +85,8 @@ class _Refs(NamedTuple):
     scores: Any  # [2, k, q]
     shift: Any  # [2, 1, q]: the maximum to take from these scores
     shrink: Any  # [2, 1, q]: what the sums before them shrink by
-    bounds: Any
+    low: Any  # [2, 1, q]: the first key that a query sees
+    high: Any  # [2, 1, q]: the first that it does not see any more
     k_at: Any  # [k, 128]: the positions of a chunk's keys, from 0
 
 
@@ -102,7 +104,7 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
     Returns:
       `[B, T, N, H]` in the dtype of the queries and `[B, T, N]` float32, `-inf` where a query sees nothing.
     """
-    (B, T, N, H), (S, K) = call.q_BTNH.shape, call.k_BSKH.shape[1:3]
+    (B, T, N, H), S = call.q_BTNH.shape, call.k_BSKH.shape[1]
     blocks = _fit(blocks, T, S)
     plan = _plan(call, blocks)
     q, k = (jnp.swapaxes(a.astype(plan.dtype), 1, 2) for a in (call.q_BTNH, call.k_BSKH))
@@ -114,8 +116,8 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
     work = jnp.asarray(work)
     grid = (B, N, work.shape[1], plan.kv_steps)
     ids = masks.segment_rows(call.mask, grid[2] * blocks.q, grid[3] * blocks.kv)
-    slopes = jnp.zeros((1,), jnp.float32) if call.position_bias is None else call.position_bias.slopes_N
-    sinks = jnp.zeros((1,), jnp.float32) if call.sinks_N is None else call.sinks_N
+    slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
+    sinks = jnp.zeros((1,)) if call.sinks_N is None else call.sinks_N
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -201,7 +203,8 @@ def _scratch(plan: _Plan, H: int) -> list[Any]:
         pltpu.VMEM((2, k, q), f32),
         pltpu.VMEM((2, 1, q), f32),
         pltpu.VMEM((2, 1, q), f32),
-        pltpu.VMEM((2, 8, q), jnp.int32),
+        pltpu.VMEM((2, 1, q), jnp.int32),
+        pltpu.VMEM((2, 1, q), jnp.int32),
         pltpu.VMEM((k, LANES), jnp.int32),
     ]
 
@@ -219,7 +222,7 @@ def _shape(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStr
 
 def _kernel(*refs: Any, plan: _Plan) -> None:
     ids = 2 if plan.parts.segments else 0
-    r = _Refs(*refs[:7], refs[7 : 7 + ids], *refs[7 + ids :])
+    r = _Refs._make([*refs[:7], refs[7 : 7 + ids], *refs[7 + ids :]])
     kv_step = pl.program_id(3)
 
     @pl.when(kv_step == 0)
@@ -327,21 +330,24 @@ def _with_positions(plan: _Plan, r: _Refs, scores_kq: Array, i: Any, j: Any, mas
         scores_kq -= slope * jnp.abs(q_at - k_at).astype(jnp.float32)
     if not masked:
         return scores_kq
-    ids = ()
+    ids: tuple[Array, ...] = ()
     if plan.parts.segments:
         ids = r.ids[0][:, _chunk(i, q)], masks.widen(masks.row_as_columns(r.ids[1][:, _chunk(j, k)]), q)
     prefix, length = (r.scalars[b, n] - k_first for n in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
     ends = masks.bounds(plan.parts, prefix, length, q_at)
-    if ends.low is not None:
-        r.bounds[slot, 0:1] = ends.low
-        ends = ends._replace(low=r.bounds[slot, 0:1])
-    if ends.high is not None:
-        r.bounds[slot, 1:2] = ends.high
-        ends = ends._replace(high=r.bounds[slot, 1:2])
+    ends = ends._replace(low=_kept(r.low, slot, ends.low), high=_kept(r.high, slot, ends.high))
     pattern = plan.parts.pattern
     blocks_seen = None if pattern is None else masks.pattern_sees(pattern, k_first + q_at, k_first + k_at)
     see = masks.visible(ends, blocks_seen, k_at, ids)
     return scores_kq if see is None else jnp.where(see, scores_kq, -jnp.inf)
+
+
+def _kept(ref: Any, slot: int, row: Array | None) -> Array | None:
+    """The same, by way of VMEM: loads are free, while the compiler would compute the row anew for each score."""
+    if row is None:
+        return None
+    ref[slot] = row
+    return ref[slot]
 
 
 def _softmax(plan: _Plan, r: _Refs, work: Any, slot: int) -> None:

@@ -1,0 +1,147 @@
+"""Every implementation against the reference in float64: value, log-sum-exp and all gradients, over one grid.
+
+`xla` runs in float64 itself, where only a wrong formula can differ. The TPU kernels run in Pallas's interpreter, a
+sample of the grid in the fast tests, and all of it, also with races looked for, in the slow ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_jax.kernels.flash_attention import AttentionMask
+from tests.kernels.flash_attention.cases import MASKS, OPTIONS, SHAPES, Options, Shape, arguments, check, expected
+
+TOLERANCE: dict[Any, float] = {np.float32: 2e-6, jnp.bfloat16: 1.5e-2, jnp.float16: 2e-3}
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+# Short rows in the interpreter, which takes its time; its blocks and chunks are small enough for tiles of every kind.
+SHORT = Shape(B=2, T=300, S=300, N=2, K=1, H=16)
+SAMPLE = {"causal", "segments", "all parts", "keys a row"}  # of the masks, for TPU in the fast tests
+
+
+def slow_unless(fast: bool, *values: Any) -> Any:
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+# --- xla -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", list(MASKS))
+def test_xla_on_every_mask(mask: str) -> None:
+    check("xla", Shape(), MASKS[mask])
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o != "plain"])
+def test_xla_with_every_option(options: str) -> None:
+    check("xla", Shape(), MASKS["segments"], OPTIONS[options])
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_xla_on_every_shape(shape: str) -> None:
+    check("xla", SHAPES[shape], MASKS["causal"])
+    check("xla", SHAPES[shape], MASKS["all parts"], OPTIONS["all"])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_xla_in_every_dtype(dtype: Any) -> None:
+    check("xla", Shape(), MASKS["segments"], OPTIONS["sinks"], dtype, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mask", ["causal", "all parts", "window"])
+@pytest.mark.parametrize("options", ["plain", "table"])
+def test_xla_on_long_rows(mask: str, options: str) -> None:
+    """Where it loops over blocks and computes the probabilities again in the backward pass."""
+    check("xla", Shape(B=1, T=2100, S=2100, N=2, K=1, H=8), MASKS[mask], OPTIONS[options])
+
+
+# --- pallas_tpu ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [slow_unless(m in SAMPLE, m) for m in MASKS])
+def test_tpu_on_every_mask(mask: str) -> None:
+    check("pallas_tpu", SHORT, MASKS[mask], dtype=np.float32, tolerance=TOLERANCE[np.float32])
+
+
+@pytest.mark.parametrize("options", [slow_unless(o == "all", o) for o in OPTIONS if o not in ("plain", "table")])
+def test_tpu_with_every_option(options: str) -> None:
+    check("pallas_tpu", SHORT, MASKS["segments"], OPTIONS[options], np.float32, TOLERANCE[np.float32])
+
+
+@pytest.mark.parametrize("shape", [slow_unless(s in ("one query", "more keys"), s) for s in SHAPES])
+def test_tpu_on_every_shape(shape: str) -> None:
+    s = SHAPES[shape].replace(H=8)
+    check("pallas_tpu", s, MASKS["all parts"], OPTIONS["sinks"], np.float32, TOLERANCE[np.float32])
+
+
+@pytest.mark.parametrize("H", [slow_unless(False, h) for h in HEAD_DIMS])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_tpu_with_every_head_dim_and_dtype(H: int, dtype: Any) -> None:
+    check("pallas_tpu", SHORT.replace(T=200, S=200, H=H), MASKS["causal"], dtype=dtype, tolerance=TOLERANCE[dtype])
+
+
+def test_tpu_in_bfloat16() -> None:
+    check("pallas_tpu", SHORT, MASKS["segments"], dtype=jnp.bfloat16, tolerance=TOLERANCE[jnp.bfloat16])
+
+
+# --- what numbers can do ---------------------------------------------------------------------------------------------
+
+
+def late_spike(a: dict[str, np.ndarray]) -> None:
+    a["k"][:, -20] = 12 * a["q"][:, -10, :1]
+
+
+def first_keys_far_below(a: dict[str, np.ndarray]) -> None:
+    a["k"][:, :128] = -6 * np.sign(a["q"][:, -1:, :1])
+
+
+def large(a: dict[str, np.ndarray]) -> None:
+    a["q"] *= 30
+    a["k"] *= 30
+
+
+@pytest.mark.parametrize("change", [late_spike, first_keys_far_below, large])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_scores_of_any_size(implementation: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A maximum that comes late, early or nowhere near 0 leaves the sums exact; float32's exp ends at 88."""
+
+    def changed(*a: Any, **k: Any) -> dict[str, np.ndarray]:
+        made = arguments(*a, **k)
+        change(made)
+        return made
+
+    monkeypatch.setattr("tests.kernels.flash_attention.cases.arguments", changed)
+    # Scores of hundreds are known to 1e-5 in float32, and so are their exponentials.
+    check(implementation, SHORT.replace(B=1), MASKS["causal"], dtype=np.float32, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", slow_unless(False, "pallas_tpu")])
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_random_calls(implementation: str, data: Any) -> None:
+    shape = data.draw(st.sampled_from([Shape(1, 150, 150, 2, 1, 8), Shape(2, 33, 140, 2, 2, 8)]))
+    mask = data.draw(st.sampled_from(list(MASKS)))
+    options = data.draw(st.sampled_from([n for n in OPTIONS if n != "table" or implementation == "xla"]))
+    window = data.draw(st.one_of(st.none(), st.integers(1, 200)))
+
+    def masked(s: Shape) -> AttentionMask:
+        made = MASKS[mask](s)
+        return made if window is None else dataclasses.replace(made, window=window)
+
+    check(implementation, shape, masked, OPTIONS[options], np.float32, TOLERANCE[np.float32])
+
+
+def test_the_comparison_can_fail() -> None:
+    """A window one key too narrow, a head's slope a little off: the grid would see both."""
+    shape = Shape(T=100, S=100)
+    a = arguments(shape)
+    want = expected(a, AttentionMask(window=40), Options())
+    got = expected(a, AttentionMask(window=39), Options())
+    for name in want:
+        difference = np.linalg.norm(want[name] - got[name]) / np.linalg.norm(want[name])
+        assert difference > 100 * TOLERANCE[np.float32], name
