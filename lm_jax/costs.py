@@ -193,9 +193,10 @@ def tree_bytes(tree: Tree) -> int:
 
 
 def _bytes(a: Any) -> int:
-    """A device's share of an array, by its sharding; all of it where it has none."""
+    """A device's share of an array, by its sharding; all of it where it has none, or is a share (inside `shard_map`)."""
     sharding = getattr(a, "sharding", None)
-    shape = a.shape if sharding is None else sharding.shard_shape(a.shape)
+    share = sharding is None or AxisType.Manual in getattr(sharding.mesh, "axis_types", ())
+    shape = a.shape if share else sharding.shard_shape(a.shape)
     size = 8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) else np.dtype(a.dtype).itemsize
     return math.prod(shape) * size
 
@@ -239,9 +240,11 @@ def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -
 
 
 def _made(jaxpr: Any) -> Iterator[Any]:
-    """Every array that a program's operations give, those of the programs inside them instead of their own."""
+    """Every array that a program's operations give, those of the programs inside them instead of their own. (A Pallas
+    kernel's own are in the chip's fast memory.)"""
     for equation in jaxpr.eqns:
-        inner = [p for p in jax.tree.leaves(list(equation.params.values())) if hasattr(p, "eqns")]
+        inside = {} if equation.primitive.name == "pallas_call" else equation.params
+        inner = [p for p in jax.tree.leaves(list(inside.values())) if hasattr(p, "eqns")]
         for program in inner:
             yield from _made(getattr(program, "jaxpr", program))
         if not inner:

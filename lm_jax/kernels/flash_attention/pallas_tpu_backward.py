@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
+from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Gradients
 from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
 
@@ -39,12 +40,15 @@ class BackwardBlocks:
     Attributes:
       q, kv: what one step of the grid holds in VMEM, at most.
       q_chunk, kv_chunk: what is computed at once; multiples of 128.
+      transpose_ahead: whether a block of queries is transposed as a whole before the work, or each chunk in passing,
+        which costs nothing on v6e and later, but a fifth of the matrix unit's time on v5e and v5p.
     """
 
     q: int
     kv: int
     q_chunk: int
     kv_chunk: int
+    transpose_ahead: bool = False
 
 
 class _Plan(NamedTuple):
@@ -89,6 +93,8 @@ class _Refs(NamedTuple):
     lse_columns: Any  # [queries, 128], the same in every column
     delta_columns: Any
     id_columns: Any  # or None
+    qT: Any  # [H, queries], or None
+    d_outT: Any
 
 
 def backward(
@@ -118,9 +124,8 @@ def backward(
     dq, dk, dv, *d_slope = _call_kernel(call, d_out_BTNH, powers_BTN, delta_BTN, blocks, interpret)
     T, S = call.q_BTNH.shape[1], call.k_BSKH.shape[1]
     d_bias = d_sinks = None
-    if call.position_bias is not None:
-        slopes_N = call.position_bias.slopes_N
-        d_bias = d_slope[0].sum((0, 1, 3, 4, 5)).astype(slopes_N.dtype)
+    if isinstance(call.position_bias, Slopes):
+        d_bias = d_slope[0].sum((0, 1, 3, 4, 5)).astype(call.position_bias.slopes_N.dtype)
     if call.sinks_N is not None:
         p_sink_BTN = jnp.where(seen_BTN, jnp.exp(call.sinks_N.astype(jnp.float32) - lse_BTN), 0)
         d_sinks = -(p_sink_BTN * delta_BTN).sum((0, 1)).astype(call.sinks_N.dtype)
@@ -147,7 +152,7 @@ def _call_kernel(
     per = blocks.q // blocks.q_chunk, blocks.kv // blocks.kv_chunk
     work = jnp.asarray(masks.work_lists(call.mask, T, S, (blocks.q_chunk, blocks.kv_chunk), per))
     ids = masks.segment_rows(call.mask, plan.q_steps * blocks.q, plan.kv_steps * blocks.kv)
-    slopes = jnp.zeros((1,)) if call.position_bias is None else call.position_bias.slopes_N
+    slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
     partial = jnp.float32 if plan.kv_steps > 1 else plan.dtype
     shapes = [
         _shape((plan.kv_steps, *q.shape), partial, q),
@@ -183,13 +188,13 @@ def _plan(call: Call, blocks: BackwardBlocks) -> _Plan:
     return _Plan(
         parts=masks.parts_of(call.mask, padded=S % kv_chunk != 0),
         group=call.group,
-        blocks=BackwardBlocks(q, kv, q_chunk, kv_chunk),
+        blocks=BackwardBlocks(q, kv, q_chunk, kv_chunk, blocks.transpose_ahead),
         q_steps=pl.cdiv(T, q),
         kv_steps=pl.cdiv(S, kv),
         scale=call.scale,
         query_factor=call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap,
         soft_cap=call.soft_cap,
-        slopes=call.position_bias is not None,
+        slopes=isinstance(call.position_bias, Slopes),
         dtype=jnp.bfloat16 if narrow else jnp.float32,
     )
 
@@ -249,25 +254,22 @@ def _out_specs(plan: _Plan, H: int) -> list[pl.BlockSpec]:
 
 def _scratch(plan: _Plan, H: int) -> list[Any]:
     b = plan.blocks
-    columns = [pltpu.VMEM((b.q, LANES), jnp.float32)] * 2
-    if plan.parts.segments:
-        columns.append(pltpu.VMEM((b.q, LANES), jnp.int32))
-    return [
+    scratch = [
         *[pltpu.VMEM((H, b.kv), plan.dtype)] * 2,
         pltpu.VMEM((H, b.q), jnp.float32),
         *[pltpu.VMEM((H, b.kv), jnp.float32)] * 2,
         *[pltpu.VMEM((2, b.q_chunk, b.kv_chunk), plan.dtype)] * 2,
-        *columns,
+        *[pltpu.VMEM((b.q, LANES), jnp.float32)] * 2,
     ]
+    if plan.parts.segments:
+        scratch.append(pltpu.VMEM((b.q, LANES), jnp.int32))
+    if b.transpose_ahead:
+        scratch += [pltpu.VMEM((H, b.q), plan.dtype)] * 2
+    return scratch
 
 
 def _kernel(*refs: Any, plan: _Plan) -> None:
-    it = iter(refs)
-    take = lambda n: [next(it) for _ in range(n)]  # noqa: E731
-    ids = 2 if plan.parts.segments else 0
-    r = _Refs(
-        *take(9), tuple(take(ids)), *take(3), next(it) if plan.slopes else None, *take(9), next(it) if ids else None
-    )
+    r = _named(plan, refs)
     kv_chunks, q_chunks = plan.blocks.kv // plan.blocks.kv_chunk, plan.blocks.q // plan.blocks.q_chunk
     head, q_step = pl.program_id(3), pl.program_id(4)
 
@@ -290,6 +292,19 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
         jax.lax.fori_loop(0, kv_chunks, lambda j, _: _finish_keys(plan, r, j), None)
 
 
+def _named(plan: _Plan, refs: tuple[Any, ...]) -> _Refs:
+    rest = iter(refs)
+
+    def take(n: int, given: bool = True) -> list[Any]:
+        return [next(rest) if given else None for _ in range(n)]
+
+    head, segments = take(9), plan.parts.segments
+    ids = tuple(take(2)) if segments else ()
+    outputs = [*take(3), *take(1, plan.slopes)]
+    scratch = [*take(9), *take(1, segments), *take(2, plan.blocks.transpose_ahead)]
+    return _Refs._make([*head, ids, *outputs, *scratch])
+
+
 def _start_keys(plan: _Plan, r: _Refs, j: Any) -> None:
     at = _chunk(j, plan.blocks.kv_chunk)
     r.kT[:, at], r.vT[:, at] = jnp.transpose(r.k[at]), jnp.transpose(r.v[at])
@@ -307,6 +322,8 @@ def _start_queries(plan: _Plan, r: _Refs, i: Any) -> None:
     r.dqT[:, at] = jnp.zeros((r.dqT.shape[0], plan.blocks.q_chunk), jnp.float32)
     r.lse_columns[at] = masks.row_as_columns(r.lse[:, at])
     r.delta_columns[at] = masks.row_as_columns(r.delta[:, at])
+    if plan.blocks.transpose_ahead:
+        r.qT[:, at], r.d_outT[:, at] = jnp.transpose(r.q[at]), jnp.transpose(r.d_out[at])
     if plan.parts.segments:
         r.id_columns[at] = masks.row_as_columns(r.ids[0][:, at])
 
@@ -353,8 +370,8 @@ def _dot(plan: _Plan, a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _scores(plan: _Plan, r: _Refs, n: Any, slot: int, masked: bool) -> None:
-    """The probabilities of the list's n-th chunk and the gradient of its scores, into a slot; behind the end of the list
-    that of the last again, which nobody reads."""
+    """The probabilities of the list's n-th chunk and the gradient of its scores, into a slot; behind the end of the
+    list those of the last again, which nobody reads."""
     count = r.work[0, 0] + r.work[0, 1]
     i, j = masks.unpack(r.work[0, 2 + jnp.minimum(n, count - 1)])
     q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
@@ -381,8 +398,12 @@ def _products(plan: _Plan, r: _Refs, n: Any, slot: int) -> None:
     i, j = masks.unpack(r.work[0, 2 + n])
     q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
     p, ds = r.p[slot], r.ds[slot]
-    r.dvT[:, k_at] += _dot(plan, r.d_out[q_at], p, (0, 0))
-    r.dkT[:, k_at] += _dot(plan, r.q[q_at], ds, (0, 0))
+    if plan.blocks.transpose_ahead:
+        r.dvT[:, k_at] += _dot(plan, r.d_outT[:, q_at], p, (1, 0))
+        r.dkT[:, k_at] += _dot(plan, r.qT[:, q_at], ds, (1, 0))
+    else:
+        r.dvT[:, k_at] += _dot(plan, r.d_out[q_at], p, (0, 0))
+        r.dkT[:, k_at] += _dot(plan, r.q[q_at], ds, (0, 0))
     r.dqT[:, q_at] += _dot(plan, r.kT[:, k_at], ds, (1, 1))
 
 
@@ -390,7 +411,7 @@ def _folded(x_qk: Array) -> Array:
     """`[q, k]` -> `[8, 128]` with the same sum."""
     q, k = x_qk.shape
     rows = x_qk.reshape(q // _SUBLANES, _SUBLANES, k).sum(0)
-    return sum(rows[:, x : x + LANES] for x in range(0, k, LANES))
+    return rows.reshape(_SUBLANES, k // LANES, LANES).sum(1)
 
 
 def _distance(plan: _Plan, r: _Refs, i: Any, j: Any) -> Array:
@@ -423,7 +444,8 @@ def _masked(plan: _Plan, r: _Refs, scores_qk: Array, i: Any, j: Any) -> Array:
     pieces = []
     for x in range(0, k, LANES):
         k_at = x + masks.row(LANES)
-        ids, pattern = (), None
+        ids: tuple[Array, ...] = ()
+        pattern = None
         if plan.parts.segments:
             ids = r.id_columns[_chunk(i, q)], r.ids[1][:, pl.ds(pl.multiple_of(j * k + x, LANES), LANES)]
         if plan.parts.pattern is not None:

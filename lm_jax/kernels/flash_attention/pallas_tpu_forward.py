@@ -29,8 +29,8 @@ from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
 
 Array = jax.Array
 _LOWEST = -1e38  # where the maximum starts: finite, so that `-inf` less it is `-inf`
-_OPEN_STEPS = 8  # chunks in the body of the loop over open chunks
-_PARTIAL_STEPS = 4  # and over those that are masked
+_OPEN_STEPS = 16  # chunks in the body of the loop over open chunks
+_MASKED_STEPS = 8  # and over those that are masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class _Plan(NamedTuple):
     group: int
     q_chunks: int  # in a block
     kv_steps: int  # of the grid
+    most_chunks: int  # that a step of the grid can have to compute
     blocks: ForwardBlocks
     query_factor: float
     soft_cap: float | None
@@ -78,7 +79,6 @@ class _Refs(NamedTuple):
     ids: tuple[Any, ...]
     out: Any
     lse: Any
-    scaled: Any  # [queries, H]: the queries times the scores' factor
     highest: Any  # [i, 1, q]: the maximum so far, as far as scores are computed
     sums: Any  # [i, 8, q]: of the probabilities, where lanes add them up
     total: Any  # [i, H (+ sums), q]: of probabilities times values
@@ -107,7 +107,8 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
     (B, T, N, H), S = call.q_BTNH.shape, call.k_BSKH.shape[1]
     blocks = _fit(blocks, T, S)
     plan = _plan(call, blocks)
-    q, k = (jnp.swapaxes(a.astype(plan.dtype), 1, 2) for a in (call.q_BTNH, call.k_BSKH))
+    q = jnp.swapaxes((call.q_BTNH.astype(jnp.float32) * plan.query_factor).astype(plan.dtype), 1, 2)
+    k = jnp.swapaxes(call.k_BSKH.astype(plan.dtype), 1, 2)
     fill = -S % blocks.kv_chunk
     v = jnp.pad(jnp.transpose(call.v_BSKH.astype(plan.dtype), (0, 2, 1, 3)), ((0, 0), (0, 0), (0, fill), (0, 0)))
     work = masks.work_lists(
@@ -161,6 +162,7 @@ def _plan(call: Call, blocks: ForwardBlocks) -> _Plan:
         group=call.group,
         q_chunks=blocks.q // blocks.q_chunk,
         kv_steps=pl.cdiv(S, blocks.kv),
+        most_chunks=(blocks.q // blocks.q_chunk) * (blocks.kv // blocks.kv_chunk),
         blocks=blocks,
         query_factor=call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap,
         soft_cap=call.soft_cap,
@@ -196,7 +198,6 @@ def _scratch(plan: _Plan, H: int) -> list[Any]:
     i, q, k = plan.q_chunks, blocks.q_chunk, blocks.kv_chunk
     f32 = jnp.float32
     return [
-        pltpu.VMEM((blocks.q, H), plan.dtype),
         pltpu.VMEM((i, 1, q), f32),
         pltpu.VMEM((i, 8, q), f32),
         pltpu.VMEM((i, H + _sum_rows(plan), q), f32),
@@ -230,12 +231,20 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
         r.k_at[...] = masks.columns(r.k_at.shape[0])
         jax.lax.fori_loop(0, plan.q_chunks, lambda i, _: _start(plan, r, i), None)
 
+    _work(plan, r)
+
+    @pl.when(kv_step == plan.kv_steps - 1)
+    def _() -> None:
+        jax.lax.fori_loop(0, plan.q_chunks, lambda i, _: _finish(plan, r, i), None, unroll=2)
+
+
+def _work(plan: _Plan, r: _Refs) -> None:
+    """All chunks of the list: open ones in whole bodies from its end; the few left over go with the masked ones."""
     partial, opened = r.work[0, 0], r.work[0, 1]
     count = partial + opened
-    # Open chunks in whole bodies, from the end of the list; the few left over go with the masked ones.
-    open_bodies = jax.lax.div(opened, _OPEN_STEPS)
-    masked = count - open_bodies * _OPEN_STEPS
-    singles = jax.lax.rem(masked, _PARTIAL_STEPS)
+    masked = partial + jax.lax.rem(opened, _OPEN_STEPS)
+    singles = jax.lax.rem(masked, 2)
+    pairs = singles + jax.lax.rem(masked - singles, _MASKED_STEPS)
     jax.lax.fori_loop(0, singles, lambda n, _: _single(plan, r, n), None)
 
     @pl.when(count > singles)
@@ -243,28 +252,16 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
         r.scores[1] = jnp.full(r.scores.shape[1:], -jnp.inf, jnp.float32)
         r.shift[1] = jnp.zeros(r.shift.shape[1:], jnp.float32)
         r.shrink[1] = jnp.ones(r.shrink.shape[1:], jnp.float32)
-        at = jax.lax.fori_loop(
-            0,
-            jax.lax.div(masked, _PARTIAL_STEPS),
-            lambda n, before: _steps(plan, r, singles + n * _PARTIAL_STEPS, before, _PARTIAL_STEPS, True),
-            jnp.int32(0),
-        )
-        at = jax.lax.fori_loop(
-            0,
-            open_bodies,
-            lambda n, before: _steps(plan, r, masked + n * _OPEN_STEPS, before, _OPEN_STEPS, False),
-            at,
-        )
-        _softmax(plan, r, at, 1)
-
-    @pl.when(kv_step == plan.kv_steps - 1)
-    def _() -> None:
-        jax.lax.fori_loop(0, plan.q_chunks, lambda i, _: _finish(plan, r, i), None)
+        before, first = jnp.int32(0), singles
+        for steps, end, mask in ((2, pairs, True), (_MASKED_STEPS, masked, True), (_OPEN_STEPS, count, False)):
+            body = functools.partial(_steps, plan, r, first, steps, mask)
+            if steps <= plan.most_chunks:
+                before = jax.lax.fori_loop(0, jax.lax.div(end - first, steps), body, before)
+            first = end
+        _softmax(plan, r, before, 1)
 
 
 def _start(plan: _Plan, r: _Refs, i: Any) -> None:
-    at = pl.ds(pl.multiple_of(i * plan.blocks.q_chunk, plan.blocks.q_chunk), plan.blocks.q_chunk)
-    r.scaled[at] = (r.q[at].astype(jnp.float32) * plan.query_factor).astype(plan.dtype)
     lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
     r.highest[i] = jnp.full(r.highest.shape[1:], lowest, jnp.float32)
     H, sum_rows = r.q.shape[1], _sum_rows(plan)
@@ -276,10 +273,10 @@ def _start(plan: _Plan, r: _Refs, i: Any) -> None:
         r.sums[i] = jnp.full(r.sums.shape[1:], one / 8, jnp.float32)
 
 
-def _steps(plan: _Plan, r: _Refs, first: Any, before: Any, count: int, masked: bool) -> Any:
-    """Scores of `count` chunks, each followed by the softmax of the chunk before."""
-    for n in range(count):
-        work = r.work[0, 2 + first + n]
+def _steps(plan: _Plan, r: _Refs, first: Any, steps: int, masked: bool, body: Any, before: Any) -> Any:
+    """Scores of some chunks of the list, each followed by the softmax of the chunk before, which is handed on."""
+    for n in range(steps):
+        work = r.work[0, 2 + first + body * steps + n]
         _scores(plan, r, work, n % 2, masked)
         _softmax(plan, r, before, (n + 1) % 2)
         before = work
@@ -306,7 +303,7 @@ def _scores(plan: _Plan, r: _Refs, work: Any, slot: int, masked: bool) -> None:
     """The scores of a chunk, in powers of two, and the maximum they move."""
     i, j = masks.unpack(work)
     k_at, q_at = _chunk(j, plan.blocks.kv_chunk), _chunk(i, plan.blocks.q_chunk)
-    scores = _dot(plan, r.k[k_at], r.scaled[q_at], 1)
+    scores = _dot(plan, r.k[k_at], r.q[q_at], 1)
     if plan.soft_cap is not None:
         scores = (plan.soft_cap * LOG2E) * jnp.tanh(scores)
     scores = _with_positions(plan, r, scores, i, j, masked, slot)
@@ -338,8 +335,9 @@ def _with_positions(plan: _Plan, r: _Refs, scores_kq: Array, i: Any, j: Any, mas
     ends = ends._replace(low=_kept(r.low, slot, ends.low), high=_kept(r.high, slot, ends.high))
     pattern = plan.parts.pattern
     blocks_seen = None if pattern is None else masks.pattern_sees(pattern, k_first + q_at, k_first + k_at)
-    see = masks.visible(ends, blocks_seen, k_at, ids)
-    return scores_kq if see is None else jnp.where(see, scores_kq, -jnp.inf)
+    for holds in masks.conditions(ends, blocks_seen, k_at, ids):
+        scores_kq = jnp.where(holds, scores_kq, -jnp.inf)
+    return scores_kq
 
 
 def _kept(ref: Any, slot: int, row: Array | None) -> Array | None:

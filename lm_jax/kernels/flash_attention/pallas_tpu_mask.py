@@ -9,6 +9,8 @@ Shapes: B batch, T queries, S keys, I and J chunks of queries and of keys, X blo
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -112,21 +114,31 @@ def bounds(parts: Parts, prefix: Any, length: Any, q: Array) -> Bounds:
     return Bounds(low, high, None if simple or not parts.prefix else prefix)
 
 
-def visible(ends: Bounds, pattern: Array | None, k: Array, ids: tuple[Array, ...] = ()) -> Array | None:
-    """Which scores of a chunk count, or None where all do.
+def conditions(ends: Bounds, pattern: Array | None, k: Array, ids: tuple[Array, ...] = ()) -> list[Array]:
+    """What must all hold for a score to count.
+
+    They are not joined here: a select for each costs less than joined masks, which the compiler makes too early and
+    has too few registers for (v6e, causal and window: 5,009 bundles for eight chunks joined, 4,3xx apart).
 
     Args:
       pattern: what the pattern of blocks lets through, or None.
       k: positions of the keys, from the first: constants, so that only the small bounds move.
       ids: the segment ids of queries and keys; nothing where there are none.
     """
-    see = None if ends.high is None else k < ends.high
-    see = _both(see, None if ends.low is None else k >= ends.low)
-    see = _both(see, pattern)
+    found = [] if ends.high is None else [k < ends.high]
+    if ends.low is not None:
+        found.append(k >= ends.low)
+    if pattern is not None:
+        found.append(pattern)
     if ends.prefix is not None:
-        assert see is not None
-        see |= k < ends.prefix
-    return _both(see, ids[0] == ids[1] if ids else None)
+        found = [functools.reduce(operator.and_, found) | (k < ends.prefix)]
+    return found + ([ids[0] == ids[1]] if ids else [])
+
+
+def visible(ends: Bounds, pattern: Array | None, k: Array, ids: tuple[Array, ...] = ()) -> Array | None:
+    """The `conditions` joined, or None where there are none."""
+    found = conditions(ends, pattern, k, ids)
+    return functools.reduce(operator.and_, found) if found else None
 
 
 def pattern_sees(pattern: Pattern, q: Array, k: Array) -> Array:
@@ -137,12 +149,6 @@ def pattern_sees(pattern: Pattern, q: Array, k: Array) -> Array:
 def _block_of(position: Array, block: int) -> Array:
     """`position // block`, rounded down, of which Pallas can lower only the parts without knowing the chip."""
     return jax.lax.div(position - position % block, block)
-
-
-def _both(a: Array | None, b: Array | None) -> Array | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
 
 
 def work_lists(mask: AttentionMask, T: int, S: int, chunks: tuple[int, int], per: tuple[int, int]) -> Any:

@@ -5,18 +5,19 @@ the backward pass reads the probabilities that the forward pass kept; `kept_prob
 for that. A longer one is a loop over the live tiles of its mask that keeps nothing: the softmax is summed up tile by
 tile (Dao et al. 2022, arXiv:2205.14135), and the backward pass computes each tile again.
 
-Both are written for one row of a batch. Short rows go side by side, so that there are few and large operations; long
-ones go one after another, so that a tile stays in the cache and each row skips the tiles that are dead for it alone.
+The rows of a batch go one after another, even short ones: what one row computes with stays in the cache, memory is used
+again and not asked of the system anew (on CPU that cost as much as the products; B 16, T 256: 49 ms, 73 for all rows at
+once), and each row skips the tiles that are dead for it alone.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G query heads a key head, H head dim; of a tile: Q
-queries, P keys; I blocks of queries, J blocks of keys; D distances `(T - 1 - t) + s` between a query and a key.
+queries, P keys; I blocks of queries, J blocks of keys; D distances, of which entry `T - 1 - t + s` stands for query t
+and key s.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,15 +25,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.kernels.flash_attention.implementation import Call, Gradients, Implementation, accumulator, with_gradient
+from lm_jax.kernels.flash_attention.implementation import Call, Gradients, Implementation, with_gradient
 from lm_jax.kernels.flash_attention.mask import AttentionMask
 from lm_jax.kernels.flash_attention.schedule import DEAD, OPEN, PARTIAL, is_static, live_tiles, tile_kinds
+from lm_jax.kernels.flash_attention.xla_tiles import (
+    Side,
+    Sums,
+    TileGradients,
+    bands_of,
+    dtype_of,
+    from_band,
+    scores_of,
+    tile_gradients,
+    to_band,
+)
 
 Array = jax.Array
 
 _PIECE = 128  # queries of a short call's block; smaller ones save less than their products lose
 _MOST_PIECES = 8  # each is a piece of program of its own
-_Q, _P = 256, 256
+_Q, _P = 256, 512  # a long call's tile
 
 
 # ------------------------------------------------------------------------------------------------------ short or long
@@ -54,13 +66,12 @@ def pieces(mask: AttentionMask, T: int, S: int) -> tuple[Piece, ...]:
     """Blocks of queries that make up all T, each with the range of keys that it may see, by what is known of the mask
     when the program is traced. Blocks with the same range are one."""
     size = max(_PIECE, -(-T // _MOST_PIECES))
-    kinds = _known_kinds(mask, T, S, size, _PIECE)
     found: list[Piece] = []
-    for i, row in enumerate(kinds):
-        live = np.flatnonzero(row != DEAD)
-        first, last = (live[0], live[-1] + 1) if len(live) else (0, 1)
-        keys = slice(int(first) * _PIECE, min(int(last) * _PIECE, S))
-        start, is_open = i * size, bool((row[first:last] == OPEN).all())
+    for i, kinds in enumerate(_known_kinds(mask, T, S, size, _PIECE)):
+        live = np.flatnonzero(kinds != DEAD)
+        first, behind = (int(live[0]), int(live[-1]) + 1) if len(live) else (0, 1)
+        keys, start = slice(first * _PIECE, min(behind * _PIECE, S)), i * size
+        is_open = bool((kinds[first:behind] == OPEN).all())
         if found and (found[-1].keys, found[-1].open) == (keys, is_open):
             start = found.pop().queries.start
         found.append(Piece(slice(start, min((i + 1) * size, T)), keys, is_open))
@@ -83,461 +94,306 @@ def _known_kinds(mask: AttentionMask, T: int, S: int, q_block: int, kv_block: in
 
 
 def kept_probabilities(call: Call) -> int:
-    """How many probabilities a row keeps for the backward pass: all it computes, or 0 where that is more than the
-    numbers in its queries, keys, values, output and the gradient of that. Only shapes are read.
+    """How many probabilities a row keeps for the backward pass: all that it computes, or 0 where that is more than the
+    numbers in its queries, keys, values, output and their gradients. Only shapes are read.
 
-    Up to this size they are linear in length, and reading them is faster than computing them again.
+    Up to there they are linear in length by that rule (causal, G 1: T up to 16 H - 128), and keeping them is faster
+    than computing them again (T 256 by 1.4, 512 and 768 by 1.3).
     """
     (_, T, N, H), (_, S, K, _) = call.q_BTNH.shape, call.k_BSKH.shape
     kept = N * sum(piece.size for piece in pieces(call.mask, T, S))
     if call.soft_cap is not None:
         kept *= 2  # and how steep the cap is at each
-    return kept if kept <= (3 * T * N + 2 * S * K) * H else 0
+    return kept if kept <= 4 * (T * N + S * K) * H else 0
 
 
-# --------------------------------------------------------------------------------------------------------------- tiles
+# ------------------------------------------------------------------------------------------------- what both ways need
 
 
-class _Sums(NamedTuple):
-    """The softmax over the keys that were seen so far: the highest score, and sums of exponentials relative to it."""
-
-    highest_NQ1: Array
-    total_NQ1: Array
-    out_NQH: Array
-
-    @classmethod
-    def start(cls, q_NQH: Array, sinks_N: Array | None) -> _Sums:
-        N, Q, _ = q_NQH.shape
-        nothing = jnp.zeros_like(q_NQH, shape=(N, Q, 1))  # like q: in a shard_map it varies over the devices as q does
-        if sinks_N is None:
-            return cls(nothing - jnp.inf, nothing, jnp.zeros_like(q_NQH))
-        return cls(nothing + sinks_N[:, None, None], nothing + 1, jnp.zeros_like(q_NQH))
-
-    def add(self, scores_NQP: Array, v_KPH: Array) -> tuple[_Sums, Array, Array]:
-        """With further keys; and their weights, relative to the highest score that comes back beside them."""
-        highest = jnp.maximum(self.highest_NQ1, jnp.max(scores_NQP, -1, keepdims=True))
-        finite = jnp.where(highest == -jnp.inf, 0, highest)
-        weights = jnp.exp(scores_NQP - finite)
-        shrink = jnp.exp(self.highest_NQ1 - finite)
-        total = self.total_NQ1 * shrink + jnp.sum(weights, -1, keepdims=True)
-        return _Sums(highest, total, self.out_NQH * shrink + _grouped("krs,ksh->krh", weights, v_KPH)), weights, finite
-
-    def finish(self) -> tuple[Array, Array]:
-        """Output and `lse_NQ`: zeros and -inf for a query that has seen nothing."""
-        some = self.total_NQ1 > 0
-        total = jnp.where(some, self.total_NQ1, 1)
-        lse = jnp.where(some, jnp.log(total) + self.highest_NQ1, -jnp.inf)
-        return self.out_NQH / total, lse[:, :, 0]
-
-
-def _grouped(product: str, a_NQX: Array, b_KXX: Array) -> Array:
-    """A product of `[N, Q, ...]` with what a group of heads shares, or with another such where the sum is over queries;
-    the queries of a group go below each other, which is only a reshape."""
-    K = b_KXX.shape[0]
-    y = jnp.einsum(product, a_NQX.reshape(K, -1, a_NQX.shape[2]), b_KXX)
-    return y.reshape(*a_NQX.shape[:2], -1)
-
-
-def _over_queries(a_NQX: Array, b_NQY: Array, K: int) -> Array:
-    """`[K, X, Y]`: the sum over the queries of all heads of a group."""
-    a, b = (x.reshape(K, -1, x.shape[2]) for x in (a_NQX, b_NQY))
-    return jnp.einsum("krx,kry->kxy", a, b)
-
-
-class _Scores(NamedTuple):
-    """The scores of a tile, -inf where a key is not seen, and the derivative of the soft cap at them."""
-
-    scores_NQP: Array
-    slope_NQP: Array | None
-
-
-def _scores(
-    q_NQH: Array, k_KPH: Array, soft_cap: float | None, bias_NQP: Array | None, see_QP: Array | None
-) -> _Scores:
-    """Args: q: scaled; bias, see: None where there is none, and where all is seen."""
-    scores, slope = _grouped("krh,ksh->krs", q_NQH, k_KPH), None
-    if soft_cap is not None:
-        bent = jnp.tanh(scores / soft_cap)
-        scores, slope = soft_cap * bent, 1 - bent * bent
-    if bias_NQP is not None:
-        scores = scores + bias_NQP
-    if see_QP is not None:
-        scores = jnp.where(see_QP, scores, -jnp.inf)
-    return _Scores(scores, slope)
-
-
-class _TileGradients(NamedTuple):
-    dq_NQH: Array
-    dk_KHP: Array
-    dv_KHP: Array
-    dbias_NQP: Array
-
-
-def _tile_gradients(
-    weights_NQP: Array,
-    slope_NQP: Array | None,
-    q_NQH: Array,
-    k_KPH: Array,
-    v_KPH: Array,
-    g_NQH: Array,
-    delta_NQ1: Array,
-) -> _TileGradients:
-    """Args: q: scaled; g: of the output; delta: the mean of `g v` under the softmax, less the gradient of lse."""
-    K = k_KPH.shape[0]
-    ds = dbias = weights_NQP * (_grouped("krh,ksh->krs", g_NQH, v_KPH) - delta_NQ1)
-    if slope_NQP is not None:
-        ds = ds * slope_NQP
-    dq = _grouped("krs,ksh->krh", ds, k_KPH)
-    # Keys behind, which is faster than in front: the long side of a product is then its rows' length.
-    return _TileGradients(dq, _over_queries(q_NQH, ds, K), _over_queries(g_NQH, weights_NQP, K), dbias)
-
-
-# ---------------------------------------------------------------------------------------------------------------- bias
-
-
-def _bands(call: Call, T: int, S: int) -> tuple[Array | None, Callable[[Array], Array] | None]:
-    """`[B, N, D]`, what is added to scores by distance alone, and the function from its gradient to the bias's."""
-    if call.position_bias is None:
-        return None, None
-    B, dtype = call.q_BTNH.shape[0], accumulator(call.q_BTNH, call.k_BSKH, call.v_BSKH)
-    offset_B1 = jnp.broadcast_to(jnp.reshape(jnp.asarray(call.mask.q_offset), (-1, 1)), (B, 1))
-    leaves, tree = jax.tree.flatten(call.position_bias)
-
-    def bands(array: Array) -> Array:
-        bias = tree.unflatten([array])
-        return jnp.swapaxes(bias.of(offset_B1 + T - 1 - jnp.arange(T + S - 1), 0), 0, 1).astype(dtype)
-
-    value, pull = jax.vjp(bands, leaves[0])
-    return value, lambda d_bands: pull(d_bands)[0]
-
-
-def _from_band(band_ND: Array, Q: int, P: int) -> Array:
-    """`[N, Q, P]` with `band[n, Q - 1 - q + p]` at `n, q, p`: rows of one more than D, read as rows of D, shift by one
-    each."""
-    N, D = band_ND.shape
-    rows = jnp.broadcast_to(jnp.pad(band_ND, ((0, 0), (0, 1)))[:, None], (N, Q, D + 1)).reshape(N, -1)
-    return rows[:, Q - 1 : Q - 1 + Q * D].reshape(N, Q, D)[:, :, :P]
-
-
-def _to_band(tile_NQP: Array) -> Array:
-    """`[N, D]`, the sums along diagonals: the transpose of `_from_band`."""
-    N, Q, P = tile_NQP.shape
-    D = Q + P - 1
-    rows = jnp.pad(tile_NQP, ((0, 0), (0, 0), (0, D - P))).reshape(N, -1)
-    return jnp.pad(rows, ((0, 0), (Q - 1, 1))).reshape(N, Q, D + 1).sum(1)[:, :D]
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-class _Row(NamedTuple):
-    """One row of a batch: what is an array of it, and its mask, whose arrays are `[1, ...]` or scalars."""
-
-    q_TNH: Array
-    k_SKH: Array
-    v_SKH: Array
-    band_ND: Array | None
-    mask: AttentionMask
-    schedule: Any = None
-
-
-def _each_row(function: Callable[..., Any], mask: AttentionMask, arrays: Any, *, together: bool) -> Any:
-    """`function(mask, *arrays)` of each row, its results stacked: of all rows at once, or of one after another."""
+def _each_row(function: Callable[..., Any], mask: AttentionMask, *arrays: Any) -> Any:
+    """`function(mask, *arrays)` of one row after another, the results stacked. The arrays of its mask are scalars or
+    `[1, T]`."""
     leaves, tree = jax.tree.flatten(mask)
-    own = [leaf if jnp.ndim(leaf) else None for leaf in leaves]
+    by_row = [leaf if jnp.ndim(leaf) else None for leaf in leaves]
 
     def one(row: Any) -> Any:
-        arrays, own = row
-        parts = [
-            leaf if mine is None else mine[None] if mine.ndim else mine for leaf, mine in zip(leaves, own, strict=True)
-        ]
-        return function(tree.unflatten(parts), *arrays)
+        arrays, by_row = row
+        own = [a if x is None else x[None] if x.ndim else x for a, x in zip(leaves, by_row, strict=True)]
+        return function(jax.tree.unflatten(tree, own), *arrays)
 
-    return jax.vmap(one)((arrays, own)) if together else jax.lax.map(one, (arrays, own))
+    return jax.lax.map(one, (arrays, by_row))
 
 
 def _heads_first(x_TNH: Array, dtype: Any) -> Array:
     return jnp.swapaxes(x_TNH, 0, 1).astype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------- short
-
-
-class _Kept(NamedTuple):
-    """Of a piece: the weights and the slopes of the soft cap `[B, N, Q, P]`, and one over the sum of weights."""
-
-    weights: Array
-    inverse: Array
-    slope: Array | None
-
-
-def _forward_short(call: Call) -> tuple[Array, Array, list[_Kept]]:
-    T, S, dtype = call.q_BTNH.shape[1], call.k_BSKH.shape[1], _dtype(call)
-    bands, _ = _bands(call, T, S)
-
-    def row(mask: AttentionMask, q_TNH: Array, k_SKH: Array, v_SKH: Array, band_ND: Array | None) -> Any:
-        q, k, v = (_heads_first(x, dtype) for x in (q_TNH, k_SKH, v_SKH))
-        outs, lses, kept = [], [], []
-        for piece in pieces(call.mask, T, S):
-            q_piece, k_piece, v_piece = q[:, piece.queries] * call.scale, k[:, piece.keys], v[:, piece.keys]
-            scores = _piece_scores(piece, q_piece, k_piece, band_ND, mask, call)
-            sums, weights, _ = _Sums.start(q_piece, call.sinks_N).add(scores.scores_NQP, v_piece)
-            out, lse = sums.finish()
-            outs.append(out)
-            lses.append(lse)
-            inverse = 1 / jnp.where(sums.total_NQ1 > 0, sums.total_NQ1, 1)
-            kept.append(_Kept(weights.astype(q_TNH.dtype), inverse, scores.slope_NQP))
-        out, lse = jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
-        return jnp.swapaxes(out, 0, 1).astype(q_TNH.dtype), lse.T, kept
-
-    return _each_row(row, call.mask, (call.q_BTNH, call.k_BSKH, call.v_BSKH, bands), together=True)
-
-
-def _piece_scores(
-    piece: Piece, q_NQH: Array, k_KPH: Array, band_ND: Array | None, mask: AttentionMask, call: Call
-) -> _Scores:
-    T, Q, P = call.q_BTNH.shape[1], q_NQH.shape[1], k_KPH.shape[1]
-    bias = None
-    if band_ND is not None:
-        first = T - piece.queries.start - Q + piece.keys.start
-        bias = _from_band(band_ND[:, first : first + Q + P - 1], Q, P)
-    see = None if piece.open else mask.allowed(Q, P, piece.queries.start, piece.keys.start)[0]
-    return _scores(q_NQH, k_KPH, call.soft_cap, bias, see)
-
-
-def _backward_short(call: Call, out: Array, lse: Array, kept: list[_Kept], d_out: Array, d_lse: Array) -> Gradients:
-    T, S, dtype = call.q_BTNH.shape[1], call.k_BSKH.shape[1], _dtype(call)
-    bands, pull = _bands(call, T, S)
-    delta = _delta(call, out, d_out, d_lse)
-
-    def row(
-        _: AttentionMask, q_TNH: Array, k_SKH: Array, v_SKH: Array, g_TNH: Array, delta_TN1: Array, kept: Any
-    ) -> Any:
-        q, k, v, g, delta = (_heads_first(x, dtype) for x in (q_TNH, k_SKH, v_SKH, g_TNH, delta_TN1))
-        dq = []
-        dk = dv = jnp.zeros_like(jnp.swapaxes(k, 1, 2))
-        d_band = None if bands is None else jnp.zeros_like(bands[0])
-        for piece, (weights, inverse, slope) in zip(pieces(call.mask, T, S), kept, strict=True):
-            at, keys = piece.queries, piece.keys
-            grads = _tile_gradients(
-                weights.astype(dtype),
-                slope,
-                q[:, at] * call.scale,
-                k[:, keys],
-                v[:, keys],
-                g[:, at] * inverse,
-                delta[:, at] * inverse,
-            )
-            dq.append(grads.dq_NQH * call.scale)
-            dk, dv = dk.at[:, :, keys].add(grads.dk_KHP), dv.at[:, :, keys].add(grads.dv_KHP)
-            if d_band is not None:
-                first = T - at.stop + keys.start
-                band = _to_band(grads.dbias_NQP)
-                d_band = d_band.at[:, first : first + band.shape[1]].add(band)
-        dk, dv = (jnp.transpose(x, (2, 0, 1)).astype(k_SKH.dtype) for x in (dk, dv))
-        return jnp.swapaxes(jnp.concatenate(dq, 1), 0, 1).astype(q_TNH.dtype), dk, dv, d_band
-
-    arrays = call.q_BTNH, call.k_BSKH, call.v_BSKH, d_out, delta, kept
-    dq, dk, dv, d_bands = _each_row(row, call.mask, arrays, together=True)
-    return Gradients(dq, dk, dv, None if pull is None else pull(d_bands), _d_sinks(call, lse, delta))
-
-
-def _dtype(call: Call) -> Any:
-    return accumulator(call.q_BTNH, call.k_BSKH, call.v_BSKH)
+def _keys_last(x_SKH: Array, dtype: Any) -> Array:
+    return jnp.moveaxis(x_SKH, -3, -1).astype(dtype)
 
 
 def _delta(call: Call, out: Array, d_out: Array, d_lse: Array) -> Array:
     """`[B, T, N, 1]`: the gradient of a score is its probability times that of the probability less this."""
-    product = d_out.astype(_dtype(call)) * out.astype(_dtype(call))
-    return product.sum(-1, keepdims=True) - d_lse[..., None]
+    product = d_out.astype(dtype_of(call)) * out.astype(dtype_of(call))
+    return jnp.sum(product, -1, keepdims=True) - d_lse[..., None]
 
 
 def _d_sinks(call: Call, lse_BTN: Array, delta_BTN1: Array) -> Array | None:
-    """A sink is a score whose value is zero."""
+    """A sink is the score of a key whose value is zero."""
     if call.sinks_N is None:
         return None
-    probability = jnp.exp(call.sinks_N.astype(lse_BTN.dtype) - jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN))
-    return -(probability * delta_BTN1[..., 0]).sum((0, 1)).astype(call.sinks_N.dtype)
+    probability = jnp.exp(call.sinks_N.astype(lse_BTN.dtype) - _for_probabilities(lse_BTN))
+    return -jnp.sum(probability * delta_BTN1[..., 0], (0, 1)).astype(call.sinks_N.dtype)
+
+
+def _for_probabilities(lse: Array) -> Array:
+    """Such that `exp(score - lse)` is 0 for a query that sees nothing."""
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse)
+
+
+# --------------------------------------------------------------------------------------------------------------- short
+
+
+class _Kept(NamedTuple):
+    """Of a piece: its weights, one over their sum, and the slopes of the soft cap."""
+
+    weights_BNQP: Array
+    inverse_BNQ1: Array
+    slope_BNQP: Array | None
+
+
+def _forward_short(call: Call) -> tuple[Array, Array, list[_Kept]]:
+    T, S, dtype = call.q_BTNH.shape[1], call.k_BSKH.shape[1], dtype_of(call)
+
+    def row(mask: AttentionMask, q_TNH: Array, k_SKH: Array, v_SKH: Array, band_ND: Array | None) -> Any:
+        q, k, v = _heads_first(q_TNH, dtype) * call.scale, _keys_last(k_SKH, dtype), _keys_last(v_SKH, dtype)
+        outs, lses, kept = [], [], []
+        for piece in pieces(call.mask, T, S):
+            q_piece = q[:, piece.queries]
+            Q, P, at = q_piece.shape[1], piece.keys.stop - piece.keys.start, _band_of(piece, T)
+            bias = None if band_ND is None else from_band(band_ND[:, at], Q, P)
+            see = None if piece.open else mask.allowed(Q, P, piece.queries.start, piece.keys.start)[0]
+            scores, slope = scores_of(q_piece, k[:, :, piece.keys], call.soft_cap, bias, see)
+            sums, weights = Sums.start(q_piece, call.sinks_N).add(scores, v[:, :, piece.keys])
+            out, lse, inverse = sums.finish()
+            outs.append(out)
+            lses.append(lse)
+            kept.append(_Kept(weights.astype(q_TNH.dtype), inverse, slope))
+        out, lse = (jnp.swapaxes(jnp.concatenate(parts, 1), 0, 1) for parts in (outs, lses))
+        return out.astype(q_TNH.dtype), lse[..., 0], kept
+
+    return _each_row(row, call.mask, call.q_BTNH, call.k_BSKH, call.v_BSKH, bands_of(call, T, S)[0])
+
+
+def _band_of(piece: Piece, T: int) -> slice:
+    """The distances that occur in a piece."""
+    return slice(T - piece.queries.stop + piece.keys.start, T - 1 - piece.queries.start + piece.keys.stop)
+
+
+def _backward_short(call: Call, out: Array, lse: Array, kept: list[_Kept], d_out: Array, d_lse: Array) -> Gradients:
+    T, S, dtype = call.q_BTNH.shape[1], call.k_BSKH.shape[1], dtype_of(call)
+    delta = _delta(call, out, d_out, d_lse)
+    bands, pull = bands_of(call, T, S)
+
+    def row(_: AttentionMask, q_TNH: Array, k_SKH: Array, v_SKH: Array, *rest: Any) -> Any:
+        *of_queries, band_ND, kept = rest
+        q, g, delta = (_heads_first(x, dtype) for x in (q_TNH, *of_queries))
+        q, k, v = q * call.scale, _keys_last(k_SKH, dtype), _keys_last(v_SKH, dtype)
+        dqs, dk, dv = [], jnp.zeros_like(q, shape=k.shape), jnp.zeros_like(q, shape=k.shape)
+        d_band = None if band_ND is None else jnp.zeros_like(q, shape=band_ND.shape)
+        for piece, (weights, inverse, slope) in zip(pieces(call.mask, T, S), kept, strict=True):
+            queries, keys = piece.queries, piece.keys
+            side = Side.of(q[:, queries], g[:, queries] * inverse, delta[:, queries] * inverse, len(k))
+            grads = tile_gradients(weights.astype(dtype), slope, side, k[:, :, keys], v[:, :, keys])
+            dqs.append(grads.dq_NQH * call.scale)
+            dk, dv = dk.at[:, :, keys].add(grads.dk_KHP), dv.at[:, :, keys].add(grads.dv_KHP)
+            if d_band is not None:
+                d_band = d_band.at[:, _band_of(piece, T)].add(to_band(grads.dbias_NQP))
+        dq = jnp.swapaxes(jnp.concatenate(dqs, 1), 0, 1).astype(q_TNH.dtype)
+        return dq, *(jnp.moveaxis(x, -1, 0).astype(k_SKH.dtype) for x in (dk, dv)), d_band
+
+    arrays = call.q_BTNH, call.k_BSKH, call.v_BSKH, d_out, delta, bands, kept
+    dq, dk, dv, d_bands = _each_row(row, call.mask, *arrays)
+    return Gradients(dq, dk, dv, None if pull is None else pull(d_bands), _d_sinks(call, lse, delta))
 
 
 # ---------------------------------------------------------------------------------------------------------------- long
 
 
 class _Blocks(NamedTuple):
-    """A long call, filled up so that it is whole blocks: of queries `[B, I, Q, ...]`, of keys `[B, J, P, ...]`."""
+    """A long call, filled up so that it is whole blocks."""
 
-    q: Array
-    k: Array
-    v: Array
-    bands: Array | None
-    counts: Array
-    tiles: Array
+    q_BIQNH: Array
+    k_BJPKH: Array
+    v_BJPKH: Array
     mask: AttentionMask
-    kinds: Any  # in numpy those that may occur
+    counts_BI2: Array  # of `live_tiles`, as the next
+    tiles_BIJ: Array
+    occurring: frozenset[int]  # kinds of tiles
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.q_BIQNH.shape[2], self.k_BJPKH.shape[2]
 
-def _block_sizes(T: int, S: int) -> tuple[int, int]:
-    """Q and P: even parts of the length, none larger than what was found to be fast."""
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.q_BIQNH.shape[1] * self.sizes[0], self.k_BJPKH.shape[1] * self.sizes[1]
 
-    def part(length: int, most: int) -> int:
-        return -(-length // -(-length // most) // 8) * 8
-
-    return part(T, _Q), part(S, _P)
-
-
-def _fill(x: Array, to: int, value: float = 0) -> Array:
-    """`[B, T, ...]` with T up to `to`."""
-    return jnp.pad(x, ((0, 0), (0, to - x.shape[1]), *((0, 0),) * (x.ndim - 2)), constant_values=value)
-
-
-def _in_blocks(x: Array, block: int, value: float = 0) -> Array:
-    """`[B, T, ...]` as `[B, I, Q, ...]`."""
-    blocks = -(-x.shape[1] // block)
-    return _fill(x, blocks * block, value).reshape(x.shape[0], blocks, block, *x.shape[2:])
+    def band_start(self, i: Any, j: Any) -> Any:
+        """The first of the distances that occur in a tile."""
+        return self.lengths[0] - (i + 1) * self.sizes[0] + j * self.sizes[1]
 
 
 def _blocks(call: Call) -> _Blocks:
     B, T, S = *call.q_BTNH.shape[:2], call.k_BSKH.shape[1]
-    Q, P = _block_sizes(T, S)
-    q, k, v = (_in_blocks(x, n) for x, n in ((call.q_BTNH, Q), (call.k_BSKH, P), (call.v_BSKH, P)))
-    T_full, S_full = q.shape[1] * Q, k.shape[1] * P
-    mask = call.mask
-    if S_full > S:
+    Q, P = _even_part(T, _Q), _even_part(S, _P)
+    q, k, v = _in_blocks(call.q_BTNH, Q), _in_blocks(call.k_BSKH, P), _in_blocks(call.v_BSKH, P)
+    mask, T_filled, S_filled = call.mask, q.shape[1] * Q, k.shape[1] * P
+    if S_filled > S:
         length = S if mask.kv_length is None else mask.kv_length
-        mask = dataclasses.replace(
-            mask, kv_length=min(length, S) if isinstance(length, int) else jnp.minimum(length, S)
-        )
+        length = min(length, S) if isinstance(length, int) else jnp.minimum(length, S)
+        mask = dataclasses.replace(mask, kv_length=length)
     if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
-        mask = dataclasses.replace(
-            mask,
-            q_segment_ids=_fill(mask.q_segment_ids, T_full, -1),
-            kv_segment_ids=_fill(mask.kv_segment_ids, S_full, -1),
-        )
-    kinds = tile_kinds(mask, T_full, S_full, Q, P)
+        q_ids, k_ids = _filled(mask.q_segment_ids, T_filled, -1), _filled(mask.kv_segment_ids, S_filled, -1)
+        mask = dataclasses.replace(mask, q_segment_ids=q_ids, kv_segment_ids=k_ids)
+    kinds = tile_kinds(mask, T_filled, S_filled, Q, P)
+    occurring = frozenset(kinds.flat) if isinstance(kinds, np.ndarray) else frozenset((DEAD, PARTIAL, OPEN))
     counts, tiles = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in live_tiles(kinds))
-    occur = np.unique(kinds) if isinstance(kinds, np.ndarray) else np.array([DEAD, PARTIAL, OPEN])
-    return _Blocks(q, k, v, _bands(call, T_full, S_full)[0], counts, tiles, mask, occur)
+    return _Blocks(q, k, v, mask, counts, tiles, occurring)
 
 
-def _visit(blocks: _Blocks, counts_2: Array, tiles_J: Array, tile: Callable[[Any, bool, Any], Any], start: Any) -> Any:
+def _even_part(length: int, most: int) -> int:
+    """What a length divides into, rounded up to the vectors of a CPU."""
+    return -(-length // -(-length // most) // 16) * 16
+
+
+def _filled(x_BT: Array, length: int, value: float = 0) -> Array:
+    behind = [(0, 0), (0, length - x_BT.shape[1])] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, behind, constant_values=value)
+
+
+def _in_blocks(x_BT: Array, block: int, value: float = 0) -> Array:
+    blocks = -(-x_BT.shape[1] // block)
+    return _filled(x_BT, blocks * block, value).reshape(x_BT.shape[0], blocks, block, *x_BT.shape[2:])
+
+
+def _whole(x_BIQ: Array, length: int) -> Array:
+    return x_BIQ.reshape(x_BIQ.shape[0], -1, *x_BIQ.shape[3:])[:, :length]
+
+
+def _visit(blocks: _Blocks, counts_2: Array, tiles_J: Array, tile: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
     """`tile(j, masked, carry)` for the live blocks of keys of a block of queries: first those partly open."""
 
     def step(masked: bool, n: Any, carry: Any) -> Any:
         return tile(tiles_J[n], masked, carry)
 
-    carry = start
-    if PARTIAL in blocks.kinds:
-        carry = jax.lax.fori_loop(0, counts_2[0], functools.partial(step, True), carry)
-    if OPEN in blocks.kinds:
-        carry = jax.lax.fori_loop(counts_2[0], counts_2[0] + counts_2[1], functools.partial(step, False), carry)
+    partial, live = counts_2[0], counts_2[0] + counts_2[1]
+    if PARTIAL in blocks.occurring:
+        carry = jax.lax.fori_loop(0, partial, functools.partial(step, True), carry)
+    if OPEN in blocks.occurring:
+        carry = jax.lax.fori_loop(partial, live, functools.partial(step, False), carry)
     return carry
 
 
-def _long_scores(
-    call: Call,
-    blocks: _Blocks,
-    mask: AttentionMask,
-    band_ND: Array | None,
-    q_NQH: Array,
-    k_KPH: Array,
-    at: Any,
-    masked: bool,
-) -> _Scores:
-    """Args: at: which block of queries, which of keys."""
-    (i, j), Q, P = at, q_NQH.shape[1], k_KPH.shape[1]
-    bias = None
-    if band_ND is not None:
-        bias = _from_band(jax.lax.dynamic_slice_in_dim(band_ND, _band_start(blocks, i, j), Q + P - 1, 1), Q, P)
-    see = mask.allowed(Q, P, i * Q, j * P)[0] if masked else None
-    return _scores(q_NQH, k_KPH, call.soft_cap, bias, see)
+class _RowOfTiles(NamedTuple):
+    """One row of a long call, for the scores of its tiles."""
 
+    call: Call
+    blocks: _Blocks
+    mask: AttentionMask
+    k_JKHP: Array
+    band_ND: Array | None
 
-def _band_start(blocks: _Blocks, i: Any, j: Any) -> Any:
-    I, Q = blocks.q.shape[1:3]
-    return (I - 1 - i) * Q + j * blocks.k.shape[2]
+    def scores(self, q_NQH: Array, i: Any, j: Any, masked: bool) -> tuple[Array, Array | None]:
+        (Q, P), bias = self.blocks.sizes, None
+        if self.band_ND is not None:
+            band = jax.lax.dynamic_slice_in_dim(self.band_ND, self.blocks.band_start(i, j), Q + P - 1, 1)
+            bias = from_band(band, Q, P)
+        see = self.mask.allowed(Q, P, i * Q, j * P)[0] if masked else None
+        return scores_of(q_NQH, self.k_JKHP[j], self.call.soft_cap, bias, see)
 
 
 def _forward_long(call: Call) -> tuple[Array, Array, None]:
-    blocks, dtype = _blocks(call), _dtype(call)
+    blocks, dtype = _blocks(call), dtype_of(call)
 
-    def row(mask: AttentionMask, q: Array, k: Array, v: Array, band: Array | None, counts: Array, tiles: Array) -> Any:
-        k, v = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (k, v))  # [J, K, P, H]
+    def row(mask: AttentionMask, q: Array, k: Array, v: Array, band: Array | None, *schedule: Array) -> Any:
+        k_JKHP, v_JKHP = _keys_last(k, dtype), _keys_last(v, dtype)
+        tiles = _RowOfTiles(call, blocks, mask, k_JKHP, band)
 
         def block(_: None, x: Any) -> Any:
             i, q_QNH, counts_2, tiles_J = x
             q_NQH = _heads_first(q_QNH, dtype) * call.scale
 
-            def tile(j: Any, masked: bool, sums: _Sums) -> _Sums:
-                scores = _long_scores(call, blocks, mask, band, q_NQH, k[j], (i, j), masked)
-                return sums.add(scores.scores_NQP, v[j])[0]
+            def tile(j: Any, masked: bool, sums: Sums) -> Sums:
+                return sums.add(tiles.scores(q_NQH, i, j, masked)[0], v_JKHP[j])[0]
 
-            out, lse = _visit(blocks, counts_2, tiles_J, tile, _Sums.start(q_NQH, call.sinks_N)).finish()
-            return None, (jnp.swapaxes(out, 0, 1).astype(q.dtype), lse.T)
+            sums = _visit(blocks, counts_2, tiles_J, tile, Sums.start(q_NQH, call.sinks_N))
+            out, lse = (jnp.swapaxes(a, 0, 1) for a in sums.finish()[:2])
+            return None, (out.astype(q.dtype), lse[..., 0])
 
-        return jax.lax.scan(block, None, (jnp.arange(q.shape[0]), q, counts, tiles))[1]
+        return jax.lax.scan(block, None, (jnp.arange(len(q)), q, *schedule))[1]
 
-    arrays = blocks.q, blocks.k, blocks.v, blocks.bands, blocks.counts, blocks.tiles
-    out, lse = (_whole(x, call.q_BTNH.shape[1]) for x in _each_row(row, blocks.mask, arrays, together=False))
+    bands = bands_of(call, *blocks.lengths)[0]
+    arrays = blocks.q_BIQNH, blocks.k_BJPKH, blocks.v_BJPKH, bands, blocks.counts_BI2, blocks.tiles_BIJ
+    out, lse = (_whole(x, call.q_BTNH.shape[1]) for x in _each_row(row, blocks.mask, *arrays))
     return out, lse, None
 
 
-def _whole(x: Array, length: int) -> Array:
-    """`[B, I, Q, ...]` as `[B, T, ...]`."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+class _OverKeys(NamedTuple):
+    """Gradients of a row that are sums over its queries."""
+
+    dk_JKHP: Array
+    dv_JKHP: Array
+    d_band_ND: Array | None
+
+    @classmethod
+    def start(cls, row: _RowOfTiles, like: Array) -> _OverKeys:
+        zero = jnp.zeros_like(like, row.k_JKHP.dtype, shape=row.k_JKHP.shape)
+        band = row.band_ND
+        return cls(zero, zero, None if band is None else jnp.zeros_like(like, band.dtype, shape=band.shape))
+
+    def add(self, grads: TileGradients, j: Any, band_start: Any) -> _OverKeys:
+        dk, dv, band = self.dk_JKHP.at[j].add(grads.dk_KHP), self.dv_JKHP.at[j].add(grads.dv_KHP), self.d_band_ND
+        if band is not None:
+            more = to_band(grads.dbias_NQP)
+            more = jax.lax.dynamic_slice_in_dim(band, band_start, more.shape[1], 1) + more
+            band = jax.lax.dynamic_update_slice_in_dim(band, more, band_start, 1)
+        return _OverKeys(dk, dv, band)
 
 
 def _backward_long(call: Call, out: Array, lse: Array, _: None, d_out: Array, d_lse: Array) -> Gradients:
-    blocks, dtype = _blocks(call), _dtype(call)
-    (T, S), (Q, P) = (call.q_BTNH.shape[1], call.k_BSKH.shape[1]), (blocks.q.shape[2], blocks.k.shape[2])
-    delta = _delta(call, out, d_out, d_lse)
+    blocks, dtype = _blocks(call), dtype_of(call)
+    Q, delta = blocks.sizes[0], _delta(call, out, d_out, d_lse)
+    bands, pull = bands_of(call, *blocks.lengths)
 
-    def row(mask: AttentionMask, q: Array, g: Array, lse: Array, delta: Array, k: Array, v: Array, *rest: Any) -> Any:
-        band, counts, tiles = rest
-        k, v = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (k, v))  # [J, K, P, H]
+    def row(mask: AttentionMask, k: Array, v: Array, band: Array | None, *by_block: Array) -> Any:
+        k_JKHP, v_JKHP = _keys_last(k, dtype), _keys_last(v, dtype)
+        tiles = _RowOfTiles(call, blocks, mask, k_JKHP, band)
 
-        def block(carry: Any, x: Any) -> Any:
-            i, q_QNH, g_QNH, lse_QN1, delta_QN1, counts_2, tiles_J = x
-            q_NQH, g_NQH, lse_NQ1, delta_NQ1 = (_heads_first(a, dtype) for a in (q_QNH, g_QNH, lse_QN1, delta_QN1))
-            q_NQH = q_NQH * call.scale
+        def block(over_keys: _OverKeys, x: Any) -> Any:
+            i, *of_queries, counts_2, tiles_J = x
+            q, g, lse, delta = (_heads_first(a, dtype) for a in of_queries)
+            side = Side.of(q * call.scale, g, delta, k.shape[2])
 
-            def tile(j: Any, masked: bool, carry: Any) -> Any:
-                dq, dk, dv, d_band = carry
-                scores = _long_scores(call, blocks, mask, band, q_NQH, k[j], (i, j), masked)
-                weights = jnp.exp(scores.scores_NQP - lse_NQ1)
-                grads = _tile_gradients(weights, scores.slope_NQP, q_NQH, k[j], v[j], g_NQH, delta_NQ1)
-                dq, dk, dv = dq + grads.dq_NQH, dk.at[j].add(grads.dk_KHP), dv.at[j].add(grads.dv_KHP)
-                if d_band is not None:
-                    first, more = _band_start(blocks, i, j), _to_band(grads.dbias_NQP)
-                    old = jax.lax.dynamic_slice_in_dim(d_band, first, more.shape[1], 1)
-                    d_band = jax.lax.dynamic_update_slice_in_dim(d_band, old + more, first, 1)
-                return dq, dk, dv, d_band
+            def tile(j: Any, masked: bool, carry: tuple[Array, _OverKeys]) -> tuple[Array, _OverKeys]:
+                scores, slope = tiles.scores(side.q_NQH, i, j, masked)
+                grads = tile_gradients(jnp.exp(scores - lse), slope, side, k_JKHP[j], v_JKHP[j])
+                return carry[0] + grads.dq_NQH, carry[1].add(grads, j, blocks.band_start(i, j))
 
-            dq, *carry = _visit(blocks, counts_2, tiles_J, tile, (jnp.zeros_like(q_NQH), *carry))
-            return tuple(carry), jnp.swapaxes(dq * call.scale, 0, 1).astype(q.dtype)
+            dq, over_keys = _visit(blocks, counts_2, tiles_J, tile, (jnp.zeros_like(q), over_keys))
+            return over_keys, jnp.swapaxes(dq * call.scale, 0, 1).astype(call.q_BTNH.dtype)
 
-        zero = jnp.zeros_like(jnp.swapaxes(k, 2, 3))
-        start = zero, zero, None if band is None else jnp.zeros_like(band)
-        (dk, dv, d_band), dq = jax.lax.scan(block, start, (jnp.arange(q.shape[0]), q, g, lse, delta, counts, tiles))
-        dk, dv = (jnp.transpose(x, (0, 3, 1, 2)).astype(call.k_BSKH.dtype) for x in (dk, dv))
-        return dq, dk, dv, d_band
+        q = by_block[0]
+        sums, dq = jax.lax.scan(block, _OverKeys.start(tiles, q), (jnp.arange(len(q)), *by_block))
+        dk, dv = (jnp.moveaxis(x, -1, 1).astype(k.dtype) for x in (sums.dk_JKHP, sums.dv_JKHP))
+        return dq, dk, dv, sums.d_band_ND
 
-    # A query that sees nothing has the lse -inf, and all its probabilities are 0.
-    known = jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None]
-    arrays = (
-        blocks.q,
-        _in_blocks(d_out, Q),
-        _in_blocks(known, Q, jnp.inf),
-        _in_blocks(delta, Q),
-        blocks.k,
-        blocks.v,
-        blocks.bands,
-        blocks.counts,
-        blocks.tiles,
-    )
-    dq, dk, dv, d_bands = _each_row(row, blocks.mask, arrays, together=False)
-    pull = _bands(call, blocks.q.shape[1] * Q, blocks.k.shape[1] * P)[1]
-    d_bias = None if pull is None else pull(d_bands)
-    return Gradients(_whole(dq, T), _whole(dk, S), _whole(dv, S), d_bias, _d_sinks(call, lse, delta))
+    known = _for_probabilities(lse)[..., None]
+    of_queries = blocks.q_BIQNH, _in_blocks(d_out, Q), _in_blocks(known, Q, jnp.inf), _in_blocks(delta, Q)
+    arrays = blocks.k_BJPKH, blocks.v_BJPKH, bands, *of_queries, blocks.counts_BI2, blocks.tiles_BIJ
+    dq, dk, dv, d_bands = _each_row(row, blocks.mask, *arrays)
+    dq, dk, dv = _whole(dq, out.shape[1]), _whole(dk, call.k_BSKH.shape[1]), _whole(dv, call.k_BSKH.shape[1])
+    return Gradients(dq, dk, dv, None if pull is None else pull(d_bands), _d_sinks(call, lse, delta))
 
 
 # ------------------------------------------------------------------------------------------------------------- the two
