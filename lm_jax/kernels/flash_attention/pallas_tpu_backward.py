@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +27,12 @@ from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
 from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Gradients
 from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
+from lm_jax.kernels.flash_attention.pallas_tpu_work import two_lists
 
 Array = jax.Array
 _FAR = 1e30  # the `lse` of a query that sees nothing: finite, and all its probabilities are 0
-_OPEN_STEPS = 8  # chunks in the body of the loop over open chunks
-_PARTIAL_STEPS = 4  # and over those that are masked
 _SUBLANES = 8
+_PIECE = 2048  # what is transposed at once outside the loops: on v6e 655 bundles, and 197 for 512 (latency)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ class BackwardBlocks:
 
     Attributes:
       q, kv: what one step of the grid holds in VMEM, at most.
-      q_chunk, kv_chunk: what is computed at once; multiples of 128.
+      q_chunk, kv_chunk: what is computed at once where the mask is open; multiples of 128.
+      part: the side of the squares that partly open chunks are cut into; a multiple of 128.
+      steps: chunks, or parts, in the body of a loop; an even number.
       transpose_ahead: whether a block of queries is transposed as a whole before the work, or each chunk in passing,
         which costs nothing on v6e and later, but a fifth of the matrix unit's time on v5e and v5p.
     """
@@ -48,6 +52,8 @@ class BackwardBlocks:
     kv: int
     q_chunk: int
     kv_chunk: int
+    part: int = 256
+    steps: int = 8
     transpose_ahead: bool = False
 
 
@@ -57,6 +63,8 @@ class _Plan(NamedTuple):
     parts: masks.Parts
     group: int
     blocks: BackwardBlocks
+    q_part: int
+    kv_part: int
     q_steps: int  # of the grid
     kv_steps: int
     scale: float
@@ -64,6 +72,16 @@ class _Plan(NamedTuple):
     soft_cap: float | None
     slopes: bool
     dtype: Any  # of what is multiplied
+
+
+class _List(NamedTuple):
+    """Chunks of one size to compute."""
+
+    first: int  # where they stand in the work
+    count: Any
+    q: int  # of a chunk
+    k: int
+    masked: bool
 
 
 class _Refs(NamedTuple):
@@ -150,7 +168,8 @@ def _call_kernel(
     lse, delta = (jnp.swapaxes(a, 2, 3) for a in (lse, delta))
     k, v = (_heads_first(a, blocks.kv_chunk, plan.dtype) for a in (call.k_BSKH, call.v_BSKH))
     per = blocks.q // blocks.q_chunk, blocks.kv // blocks.kv_chunk
-    work = jnp.asarray(masks.work_lists(call.mask, T, S, (blocks.q_chunk, blocks.kv_chunk), per))
+    chunks, parts = (blocks.q_chunk, blocks.kv_chunk), (plan.q_part, plan.kv_part)
+    work = jnp.asarray(two_lists(call.mask, T, S, chunks, parts, per, blocks.steps))
     ids = masks.segment_rows(call.mask, plan.q_steps * blocks.q, plan.kv_steps * blocks.kv)
     slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
     partial = jnp.float32 if plan.kv_steps > 1 else plan.dtype
@@ -188,7 +207,9 @@ def _plan(call: Call, blocks: BackwardBlocks) -> _Plan:
     return _Plan(
         parts=masks.parts_of(call.mask, padded=S % kv_chunk != 0),
         group=call.group,
-        blocks=BackwardBlocks(q, kv, q_chunk, kv_chunk, blocks.transpose_ahead),
+        blocks=dataclasses.replace(blocks, q=q, kv=kv, q_chunk=q_chunk, kv_chunk=kv_chunk),
+        q_part=math.gcd(q_chunk, blocks.part),
+        kv_part=math.gcd(kv_chunk, blocks.part),
         q_steps=pl.cdiv(T, q),
         kv_steps=pl.cdiv(S, kv),
         scale=call.scale,
@@ -270,26 +291,23 @@ def _scratch(plan: _Plan, H: int) -> list[Any]:
 
 def _kernel(*refs: Any, plan: _Plan) -> None:
     r = _named(plan, refs)
-    kv_chunks, q_chunks = plan.blocks.kv // plan.blocks.kv_chunk, plan.blocks.q // plan.blocks.q_chunk
+    q, kv = plan.blocks.q, plan.blocks.kv
     head, q_step = pl.program_id(3), pl.program_id(4)
 
     @pl.when((head == 0) & (q_step == 0))
     def _() -> None:
-        jax.lax.fori_loop(0, kv_chunks, lambda j, _: _start_keys(plan, r, j), None)
+        _in_pieces(kv, lambda at: _start_keys(plan, r, at))
 
-    jax.lax.fori_loop(0, q_chunks, lambda i, _: _start_queries(plan, r, i), None)
+    _in_pieces(q, lambda at: _start_queries(plan, r, at))
     if plan.slopes:
         r.d_slope[...] = jnp.zeros_like(r.d_slope)
 
-    @pl.when(r.work[0, 0] + r.work[0, 1] > 0)
-    def _() -> None:
-        _work(plan, r)
-
-    jax.lax.fori_loop(0, q_chunks, lambda i, _: _finish_queries(plan, r, i), None)
+    _work(plan, r)
+    _in_pieces(q, lambda at: _finish_queries(plan, r, at))
 
     @pl.when((head == plan.group - 1) & (q_step == plan.q_steps - 1))
     def _() -> None:
-        jax.lax.fori_loop(0, kv_chunks, lambda j, _: _finish_keys(plan, r, j), None)
+        _in_pieces(kv, lambda at: _finish_keys(plan, r, at))
 
 
 def _named(plan: _Plan, refs: tuple[Any, ...]) -> _Refs:
@@ -305,21 +323,24 @@ def _named(plan: _Plan, refs: tuple[Any, ...]) -> _Refs:
     return _Refs._make([*head, ids, *outputs, *scratch])
 
 
-def _start_keys(plan: _Plan, r: _Refs, j: Any) -> None:
-    at = _chunk(j, plan.blocks.kv_chunk)
+def _in_pieces(length: int, do: Callable[[Any], None]) -> None:
+    """Over a whole block, by pieces that are long enough to hide the latency of transposing."""
+    piece = math.gcd(length, _PIECE)
+    jax.lax.fori_loop(0, length // piece, lambda n, _: do(_chunk(n, piece)), None)
+
+
+def _start_keys(plan: _Plan, r: _Refs, at: Any) -> None:
     r.kT[:, at], r.vT[:, at] = jnp.transpose(r.k[at]), jnp.transpose(r.v[at])
-    r.dkT[:, at] = r.dvT[:, at] = jnp.zeros((r.dkT.shape[0], plan.blocks.kv_chunk), jnp.float32)
+    r.dkT[:, at] = r.dvT[:, at] = jnp.zeros((r.dkT.shape[0], at.size), jnp.float32)
 
 
-def _finish_keys(plan: _Plan, r: _Refs, j: Any) -> None:
-    at = _chunk(j, plan.blocks.kv_chunk)
+def _finish_keys(plan: _Plan, r: _Refs, at: Any) -> None:
     r.dk[at] = jnp.transpose(r.dkT[:, at] * (plan.scale / plan.query_factor)).astype(r.dk.dtype)
     r.dv[at] = jnp.transpose(r.dvT[:, at]).astype(r.dv.dtype)
 
 
-def _start_queries(plan: _Plan, r: _Refs, i: Any) -> None:
-    at = _chunk(i, plan.blocks.q_chunk)
-    r.dqT[:, at] = jnp.zeros((r.dqT.shape[0], plan.blocks.q_chunk), jnp.float32)
+def _start_queries(plan: _Plan, r: _Refs, at: Any) -> None:
+    r.dqT[:, at] = jnp.zeros((r.dqT.shape[0], at.size), jnp.float32)
     r.lse_columns[at] = masks.row_as_columns(r.lse[:, at])
     r.delta_columns[at] = masks.row_as_columns(r.delta[:, at])
     if plan.blocks.transpose_ahead:
@@ -328,35 +349,41 @@ def _start_queries(plan: _Plan, r: _Refs, i: Any) -> None:
         r.id_columns[at] = masks.row_as_columns(r.ids[0][:, at])
 
 
-def _finish_queries(plan: _Plan, r: _Refs, i: Any) -> None:
-    at = _chunk(i, plan.blocks.q_chunk)
+def _finish_queries(plan: _Plan, r: _Refs, at: Any) -> None:
     r.dq[at] = jnp.transpose(r.dqT[:, at] * plan.scale).astype(r.dq.dtype)
 
 
 def _work(plan: _Plan, r: _Refs) -> None:
-    """All chunks of the list: a few by themselves, so that the rest fill whole bodies; then those that may be masked,
-    then open ones. Each body ends with the first half of the chunk after it."""
-    partial, opened = r.work[0, 0], r.work[0, 1]
-    count = partial + opened
-    open_bodies = jax.lax.div(opened, _OPEN_STEPS)
-    masked = count - open_bodies * _OPEN_STEPS
-    singles = jax.lax.rem(masked, _PARTIAL_STEPS)
+    """All chunks of the lists; a few parts by themselves, so that the rest fill whole bodies."""
+    blocks = plan.blocks
+    parts_in_block = (blocks.q // plan.q_part) * (blocks.kv // plan.kv_part)
+    parts = _List(2, r.work[0, 0], plan.q_part, plan.kv_part, True)
+    chunks = _List(2 + parts_in_block, r.work[0, 1], blocks.q_chunk, blocks.kv_chunk, False)
 
     def single(n: Any, _: Any) -> None:
-        _scores(plan, r, n, 0, True)
-        _products(plan, r, n, 0)
+        _scores(plan, r, parts, n, 0)
+        _products(plan, r, parts, n, 0)
 
-    def steps(n: Any, first: Any, length: int, mask: bool) -> None:
-        for m in range(length):
-            at = first + n * length + m
-            _scores(plan, r, at + 1, (m + 1) % 2, mask)
-            _products(plan, r, at, m % 2)
-
+    singles = jax.lax.rem(parts.count, jnp.int32(blocks.steps))
     jax.lax.fori_loop(0, singles, single, None)
-    _scores(plan, r, singles, 0, True)
-    bodies = jax.lax.div(masked, _PARTIAL_STEPS)
-    jax.lax.fori_loop(0, bodies, lambda n, _: steps(n, singles, _PARTIAL_STEPS, True), None)
-    jax.lax.fori_loop(0, open_bodies, lambda n, _: steps(n, masked, _OPEN_STEPS, False), None)
+    _pipelined(plan, r, parts, singles)
+    _pipelined(plan, r, chunks, jnp.int32(0))
+
+
+def _pipelined(plan: _Plan, r: _Refs, todo: _List, first: Any) -> None:
+    """From the first on, a multiple of `steps`: each chunk's products beside the scores of the one after it."""
+    steps = plan.blocks.steps
+
+    def body(n: Any, _: Any) -> None:
+        for m in range(steps):
+            at = first + n * steps + m
+            _scores(plan, r, todo, at + 1, (m + 1) % 2)
+            _products(plan, r, todo, at, m % 2)
+
+    @pl.when(todo.count > first)
+    def _() -> None:
+        _scores(plan, r, todo, first, 0)
+        jax.lax.fori_loop(0, jax.lax.div(todo.count - first, jnp.int32(steps)), body, None)
 
 
 def _chunk(index: Any, length: int) -> Any:
@@ -369,35 +396,35 @@ def _dot(plan: _Plan, a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _scores(plan: _Plan, r: _Refs, n: Any, slot: int, masked: bool) -> None:
-    """The probabilities of the list's n-th chunk and the gradient of its scores, into a slot; behind the end of the
-    list those of the last again, which nobody reads."""
-    count = r.work[0, 0] + r.work[0, 1]
-    i, j = masks.unpack(r.work[0, 2 + jnp.minimum(n, count - 1)])
-    q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
+def _scores(plan: _Plan, r: _Refs, todo: _List, n: Any, slot: int) -> None:
+    """The probabilities of the n-th chunk and the gradient of its scores, into a slot; behind the end those of the last
+    again, which nobody reads."""
+    i, j = masks.unpack(r.work[0, todo.first + jnp.minimum(n, todo.count - 1)])
+    q_at, k_at = _chunk(i, todo.q), _chunk(j, todo.k)
     scores = _dot(plan, r.q[q_at], r.kT[:, k_at], (1, 0))
     slope_of_cap = None
     if plan.soft_cap is not None:
         t = jnp.tanh(scores)
         scores, slope_of_cap = (plan.soft_cap * LOG2E) * t, 1 - t * t
-    distance = _distance(plan, r, i, j) if plan.slopes else None
+    distance = _distance(plan, r, todo, i, j) if plan.slopes else None
     if distance is not None:
         scores -= (r.slopes[pl.program_id(1) * plan.group + pl.program_id(3)] * LOG2E) * distance
-    scores -= masks.widen(r.lse_columns[q_at], scores.shape[1])
-    p = jnp.exp2(_masked(plan, r, scores, i, j) if masked else scores)
-    dp = _dot(plan, r.d_out[q_at], r.vT[:, k_at], (1, 0)) - masks.widen(r.delta_columns[q_at], scores.shape[1])
+    scores -= masks.widen(r.lse_columns[q_at], todo.k)
+    p = jnp.exp2(_masked(plan, r, todo, scores, i, j) if todo.masked else scores)
+    dp = _dot(plan, r.d_out[q_at], r.vT[:, k_at], (1, 0)) - masks.widen(r.delta_columns[q_at], todo.k)
     ds = p * dp
     if distance is not None:
-        r.d_slope[...] -= jnp.where(n < count, _folded(ds * distance), 0)
-    r.p[slot] = p.astype(plan.dtype)
-    r.ds[slot] = (ds if slope_of_cap is None else ds * slope_of_cap).astype(plan.dtype)
+        r.d_slope[...] -= jnp.where(n < todo.count, _folded(ds * distance), 0)
+    r.p[slot, : todo.q, : todo.k] = p.astype(plan.dtype)
+    ds = ds if slope_of_cap is None else ds * slope_of_cap
+    r.ds[slot, : todo.q, : todo.k] = ds.astype(plan.dtype)
 
 
-def _products(plan: _Plan, r: _Refs, n: Any, slot: int) -> None:
-    """What the list's n-th chunk, which is in a slot, adds to the gradients."""
-    i, j = masks.unpack(r.work[0, 2 + n])
-    q_at, k_at = _chunk(i, plan.blocks.q_chunk), _chunk(j, plan.blocks.kv_chunk)
-    p, ds = r.p[slot], r.ds[slot]
+def _products(plan: _Plan, r: _Refs, todo: _List, n: Any, slot: int) -> None:
+    """What the n-th chunk, which is in a slot, adds to the gradients."""
+    i, j = masks.unpack(r.work[0, todo.first + n])
+    q_at, k_at = _chunk(i, todo.q), _chunk(j, todo.k)
+    p, ds = r.p[slot, : todo.q, : todo.k], r.ds[slot, : todo.q, : todo.k]
     if plan.blocks.transpose_ahead:
         r.dvT[:, k_at] += _dot(plan, r.d_outT[:, q_at], p, (1, 0))
         r.dkT[:, k_at] += _dot(plan, r.qT[:, q_at], ds, (1, 0))
@@ -414,28 +441,28 @@ def _folded(x_qk: Array) -> Array:
     return rows.reshape(_SUBLANES, k // LANES, LANES).sum(1)
 
 
-def _distance(plan: _Plan, r: _Refs, i: Any, j: Any) -> Array:
+def _distance(plan: _Plan, r: _Refs, todo: _List, i: Any, j: Any) -> Array:
     """`[q, k]` float32: how far a query stands from a key."""
-    q_first, k_first = _firsts(plan, r, i, j)
-    between = masks.columns(plan.blocks.q_chunk) + (q_first - k_first)
-    pieces = [jnp.abs(between - (x + masks.row(LANES))) for x in range(0, plan.blocks.kv_chunk, LANES)]
+    q_first, k_first = _firsts(plan, r, todo, i, j)
+    between = masks.columns(todo.q) + (q_first - k_first)
+    pieces = [jnp.abs(between - (x + masks.row(LANES))) for x in range(0, todo.k, LANES)]
     return jnp.concatenate(pieces, axis=1).astype(jnp.float32)
 
 
-def _firsts(plan: _Plan, r: _Refs, i: Any, j: Any) -> tuple[Any, Any]:
+def _firsts(plan: _Plan, r: _Refs, todo: _List, i: Any, j: Any) -> tuple[Any, Any]:
     """The positions of a chunk's first query and first key."""
-    q_first = pl.program_id(4) * plan.blocks.q + i * plan.blocks.q_chunk
-    k_first = pl.program_id(2) * plan.blocks.kv + j * plan.blocks.kv_chunk
+    q_first = pl.program_id(4) * plan.blocks.q + i * todo.q
+    k_first = pl.program_id(2) * plan.blocks.kv + j * todo.k
     return r.scalars[pl.program_id(0), masks.Q_OFFSET] + q_first, k_first
 
 
-def _masked(plan: _Plan, r: _Refs, scores_qk: Array, i: Any, j: Any) -> Array:
+def _masked(plan: _Plan, r: _Refs, todo: _List, scores_qk: Array, i: Any, j: Any) -> Array:
     """`-inf` where a query does not see a key; by pieces of 128 keys, which share all that depends on the query alone.
 
     Where the mask goes by distance, keys are counted from their query: that is a constant, and the bounds are scalars.
     """
-    q, k = scores_qk.shape
-    q_first, k_first = _firsts(plan, r, i, j)
+    q, k = todo.q, todo.k
+    q_first, k_first = _firsts(plan, r, todo, i, j)
     start = masks.columns(q) if plan.parts.causal or plan.parts.window is not None else 0
     prefix, length = (r.scalars[pl.program_id(0), x] - k_first for x in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
     if plan.parts.prefix or plan.parts.length:
