@@ -53,7 +53,8 @@ def mask_of(kind: str, batch: int, length: int) -> AttentionMask:
 
 def plain(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
     """The formula as one would write it: scores, softmax in float32, values."""
-    (B, T, N, H), S = q.shape, k.shape[1]
+    T, N, H = q.shape[1:]
+    S = k.shape[1]
     k, v = (jnp.repeat(a, N // a.shape[2], 2) for a in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * H**-0.5
     scores = jnp.where(mask.allowed(T, S)[:, None], scores, -1e30)

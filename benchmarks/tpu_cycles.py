@@ -11,7 +11,8 @@ bundles and the unit's busy cycles counts, loop by loop. `tile` is what 1024 x 1
 around it (transposes) added. HBM is what the compiler says that the program reads and writes, over what it would if
 every operand and result moved once; VMEM what the kernel allocates.
 
-Splash is counted by its steps over live tiles (its dead steps cost it nothing here) at the best of its block sizes.
+Splash is counted at the best of its block sizes by its live tiles and the starts and ends of its blocks; its steps
+themselves cost it nothing here.
 Compiling takes up to a minute a row.
 """
 
@@ -36,7 +37,10 @@ CHIPS = {
     "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
 }
 SLOW_UNIT = ("v5e", "v5p")  # chips whose matrix unit takes a row a cycle, and decides
-SPLASH_BLOCKS = {"forward": ((1024, 1024, 512), (1024, 1024, 1024)), "backward": ((1024, 1024, 1024), (1024, 2048, 512))}
+SPLASH_BLOCKS = {
+    "forward": ((1024, 1024, 512), (1024, 1024, 1024)),
+    "backward": ((1024, 1024, 1024), (1024, 2048, 512)),
+}
 
 
 class Loop(NamedTuple):
@@ -52,8 +56,17 @@ class Loop(NamedTuple):
 # --- reading the compiler's dump -------------------------------------------------------------------------------------
 
 
-def bundles_of(dump: str, kernel: str, chip: str) -> tuple[list[Loop], int]:
-    """The loops of a kernel in the order of its text, the grid's first, and the bytes of VMEM that it allocates."""
+class Kernel(NamedTuple):
+    """A kernel's text: its loops in order, the grid's first; the smallest region that holds nearly all matrix products;
+    the bytes of VMEM that it allocates."""
+
+    loops: list[Loop]
+    core: Loop
+    vmem: int
+
+
+def read(dump: str, kernel: str, chip: str) -> Kernel:
+    """What the compiler wrote about a kernel."""
     found = [f for f in glob.glob(f"{dump}/*{kernel}*final_bundles.txt") if "schedule-analysis" not in f]
     file = max(found, key=os.path.getsize)
     rows: list[tuple[int, str]] = []
@@ -67,14 +80,18 @@ def bundles_of(dump: str, kernel: str, chip: str) -> tuple[list[Loop], int]:
     for address, text in rows:
         for which, region in re.findall(r"(Start|End) region (\d+)", text):
             regions.setdefault(region, {})[which] = address
+    whole = [(r["Start"], r["End"]) for r in regions.values() if len(r) == 2]
     loops = []
     for address, text in rows:
         if re.match(r"\s*\S+\s+LB", text):
-            ends = [r["End"] for r in regions.values() if len(r) == 2 and 0 <= r["Start"] - address <= 1]
-            loops.append(_body([t for a, t in rows if address <= a <= max(ends)], chip))
+            end = max(e for s, e in whole if 0 <= s - address <= 1)
+            loops.append(_body([t for a, t in rows if address <= a <= end], chip))
+    bodies = [_body([t for a, t in rows if s <= a <= e], chip) for s, e in whole]
+    most = max(b.busy for b in bodies)
+    core = min(b for b in bodies if b.busy >= 0.9 * most)
     first = glob.glob(f"{dump}/{os.path.basename(file).split('-')[0]}-*02-original.txt")[0]
     vmem = re.findall(r"space=vmem, size = 0x([0-9a-f]+)", Path(first).read_text())
-    return loops, sum(int(size, 16) for size in vmem)
+    return Kernel(loops, core, sum(int(size, 16) for size in vmem))
 
 
 def _body(rows: list[str], chip: str) -> Loop:
@@ -155,7 +172,7 @@ def ours(args: argparse.Namespace, dump: str) -> dict[str, Any]:
 
     function, more = (forward, []) if args.what == "forward" else (backward, [q, numbers, q, numbers])
     program = compile_it(args, function, [q, k, k, ids, *more])
-    loops, vmem = bundles_of(dump, f"flash_attention_{args.what}", args.chip)
+    loops, _, vmem = read(dump, f"flash_attention_{args.what}", args.chip)
     trips = tpu_trips.of_forward if args.what == "forward" else tpu_trips.of_backward
     plan = trips(mask, blocks, T, N, K)
     if len(loops) != len(plan.loops) + (plan.grid_steps > 1):
@@ -171,13 +188,18 @@ def ours(args: argparse.Namespace, dump: str) -> dict[str, Any]:
     return {
         "tile": per_tile["open"],
         "masked": per_tile["masked"],
-        "busy": max(loop.busy / plan.tiles["open"][1] for loop in inner if loop.cost(args.chip) == costs[plan.tiles["open"][0]]),
+        "busy": max(
+            loop.busy / plan.tiles["open"][1] for loop in inner if loop.cost(args.chip) == costs[plan.tiles["open"][0]]
+        ),
         "kernel": total,
         "total": total + around(program),
         "hbm": traffic / once,
         "vmem": vmem,
         "blocks": dataclasses.asdict(blocks),
-        "loops": [{"name": n, "bundles": x.bundles, "busy": x.busy, "trips": t} for (n, t), x in zip(plan.loops, inner, strict=True)],
+        "loops": [
+            {"name": n, "bundles": x.bundles, "busy": x.busy, "trips": t}
+            for (n, t), x in zip(plan.loops, inner, strict=True)
+        ],
     }
 
 
@@ -222,18 +244,19 @@ def splash(args: argparse.Namespace, dump: str) -> dict[str, Any]:
     q, k = ((1, T, N, H), args.dtype), ((1, T, K, H), args.dtype)
     backward = args.what == "backward"
     program = compile_it(args, both if backward else forward, [q, k, k, q] if backward else [q, k, k])
-    loops, vmem = bundles_of(dump, "dkv" if backward else "splash", args.chip)
+    kernel = read(dump, "dkv" if backward else "splash", args.chip)
     mask = mask_of(args.mask, T)
     live = int((np.asarray(tile_kinds(mask, T, T, block_q, block_kv)) != DEAD).sum())
-    # One step of the grid: its loop over chunks of keys, where it is no straight code, as often as there are chunks.
-    grid, inner = loops[0], loops[1:]
-    step = grid.cost(args.chip) + sum(x.cost(args.chip) * (block_kv // compute - 1) for x in inner)
-    body = inner[-1].cost(args.chip) * (block_kv // compute) if inner else grid.cost(args.chip)
+    # A loop over chunks of keys has the core as its body; straight code has them all in it.
+    tile = kernel.core.cost(args.chip) * (block_kv // compute if len(kernel.loops) > 1 else 1)
+    ends = kernel.loops[0].bundles - kernel.core.bundles  # for each block of queries (of keys, backward)
+    rows = T // (block_kv if backward else block_q)
+    total = N * (live * tile + rows * ends)
     return {
-        "tile": body * 2**20 / (block_q * block_kv),
-        "kernel": step * live * N,
-        "total": step * live * N + (0 if backward else around(program)),
-        "vmem": vmem,
+        "tile": tile * 2**20 / (block_q * block_kv),
+        "kernel": total,
+        "total": total + (0 if backward else around(program)),
+        "vmem": kernel.vmem,
         "blocks": {"splash": args.splash},
     }
 
@@ -282,8 +305,8 @@ def show(row: dict[str, Any]) -> None:
     ours, best = row["ours"], row.get("splash")
     beside = f"   splash tile {best['tile']:.0f}, ours over splash {row['over_splash']:.2f}" if best else ""
     print(
-        f"{row['chip']:6s}{row['what']:9s}{row['mask']:12s} tile {ours['tile']:.0f} (matrix unit busy {ours['busy']:.0f}), "
-        f"masked {ours['masked']:.0f}, kernel {ours['kernel'] / 1e3:.0f}k, with transposes {ours['total'] / 1e3:.0f}k, "
+        f"{row['chip']:6s}{row['what']:9s}{row['mask']:12s} tile {ours['tile']:.0f} "
+        f"(matrix unit busy {ours['busy']:.0f}), masked {ours['masked']:.0f}, kernel {ours['kernel'] / 1e3:.0f}k, with transposes {ours['total'] / 1e3:.0f}k, "
         f"HBM {ours['hbm']:.2f}, VMEM {ours['vmem'] / 2**20:.0f} MiB{beside}",
         flush=True,
     )

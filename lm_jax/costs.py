@@ -193,10 +193,12 @@ def tree_bytes(tree: Tree) -> int:
 
 
 def _bytes(a: Any) -> int:
-    """A device's share of an array, by its sharding; all of it where it has none, or is a share (inside `shard_map`)."""
+    """A device's share of an array, by its sharding; all of it where it has none or is a share, inside `shard_map`."""
     sharding = getattr(a, "sharding", None)
-    share = sharding is None or AxisType.Manual in getattr(sharding.mesh, "axis_types", ())
-    shape = a.shape if share else sharding.shard_shape(a.shape)
+    if sharding is None or AxisType.Manual in getattr(sharding.mesh, "axis_types", ()):
+        shape = a.shape
+    else:
+        shape = sharding.shard_shape(a.shape)
     size = 8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) else np.dtype(a.dtype).itemsize
     return math.prod(shape) * size
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lm_jax.kernels.flash_attention import cudnn, pallas_tpu, reference
-from lm_jax.kernels.flash_attention import xla_blocks as xla
+from lm_jax.kernels.flash_attention import cudnn, pallas_tpu, reference, xla
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Implementation, Operands, Statics, split
 from lm_jax.kernels.flash_attention.mask import AttentionMask
@@ -207,15 +206,14 @@ def _answer(call: Call, name: str | None) -> Any:
     return (out, lse) if call.return_lse else out
 
 
-def _names(statics: Statics, a: Operands) -> Operands:
-    """The logical names of every array's dimensions."""
-    keys = ("batch", "key_length", "kv_heads", "head_dim")
+def _names(statics: Statics, a: Operands) -> Any:
+    """`Operands` with the logical names of every array's dimensions."""
+    keys: Any = ("batch", "key_length", "kv_heads", "head_dim")
+    queries: Any = ("batch", "length", "heads", "head_dim")
     of_mask: dict[str, Any] = {name: ("batch",) * x.ndim for name, x in a.mask.items()}
-    of_mask |= {
-        name: names
-        for name, names in {"q_segment_ids": ("batch", "length"), "kv_segment_ids": ("batch", "key_length")}.items()
-        if name in a.mask
-    }
+    for name, length in (("q_segment_ids", "length"), ("kv_segment_ids", "key_length")):
+        if name in a.mask:
+            of_mask[name] = ("batch", length)
     bias: Any = None if statics.bias is None else ("heads",) if statics.bias[0] is Slopes else ("heads", None)
     sinks: Any = None if a.sinks_N is None else ("heads",)
-    return Operands(("batch", "length", "heads", "head_dim"), keys, keys, bias, sinks, of_mask)
+    return Operands(queries, keys, keys, bias, sinks, of_mask)

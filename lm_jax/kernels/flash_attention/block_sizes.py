@@ -36,12 +36,49 @@ class Row(NamedTuple):
     measured: str
 
 
-_LARGE = BackwardBlocks(8192, 8192, 512, 512)
+_COUNTED = "python -m benchmarks.tpu_cycles, libtpu 0.0.51, jax 0.10.2"
 TABLE = (
-    Row("TPU v6 lite", 128, "bfloat16", ForwardBlocks(8192, 8192, 512, 512, True), _LARGE, ""),
-    Row("TPU v5 lite", 128, "bfloat16", ForwardBlocks(8192, 8192, 512, 512, False), _LARGE, ""),
+    Row(
+        "TPU v6 lite",
+        128,
+        "bfloat16",
+        ForwardBlocks(8192, 8192, 512, 512, sums_on_mxu=True),
+        BackwardBlocks(8192, 8192, 512, 512, 256, 8, False),
+        "",
+    ),
+    Row(
+        "TPU v5 lite",
+        128,
+        "bfloat16",
+        ForwardBlocks(8192, 8192, 512, 512, sums_on_mxu=False),
+        BackwardBlocks(8192, 8192, 512, 512, 256, 8, True),
+        "",
+    ),
+    Row(
+        "TPU v5",
+        128,
+        "bfloat16",
+        ForwardBlocks(4096, 4096, 512, 512, sums_on_mxu=False),
+        BackwardBlocks(4096, 4096, 512, 512, 256, 8, True),
+        "",
+    ),
+    Row(
+        "TPU7x",
+        128,
+        "bfloat16",
+        ForwardBlocks(4096, 4096, 512, 512, sums_on_mxu=True),
+        BackwardBlocks(4096, 4096, 512, 512, 256, 8, False),
+        "",
+    ),
     # Interpreted, for tests: so small that short rows have chunks and blocks of every kind.
-    Row("cpu", 128, "float32", ForwardBlocks(256, 256, 128, 128, True), BackwardBlocks(256, 256, 128, 128), "nothing"),
+    Row(
+        "cpu",
+        128,
+        "float32",
+        ForwardBlocks(256, 256, 128, 128, sums_on_mxu=True),
+        BackwardBlocks(256, 256, 128, 128, 128, 2, False),
+        "nothing",
+    ),
 )
 
 

@@ -73,7 +73,7 @@ class Operands(NamedTuple):
     v_BSKH: Array
     position_bias: Array | None
     sinks_N: Array | None
-    mask: dict[str, Array]
+    mask: dict[str, Any]
 
 
 class Statics(NamedTuple):
@@ -88,15 +88,17 @@ class Statics(NamedTuple):
     def join(self, a: Operands) -> Call:
         """The call again."""
         bias = None if self.bias is None else self.bias[0](a.position_bias, *self.bias[1:])
-        mask = dataclasses.replace(self.mask, **a.mask)
+        arrays: dict[str, Any] = a.mask
+        mask = dataclasses.replace(self.mask, **arrays)
         return Call(a.q_BTNH, a.k_BSKH, a.v_BSKH, mask, self.scale, self.soft_cap, bias, a.sinks_N, self.return_lse)
 
 
 def split(call: Call) -> tuple[Statics, Operands]:
     """A call as what is known and what is traced."""
     fields = {f.name: getattr(call.mask, f.name) for f in dataclasses.fields(call.mask)}
-    arrays = {name: x for name, x in fields.items() if isinstance(x, jax.Array | np.ndarray)}
-    mask = dataclasses.replace(call.mask, **dict.fromkeys(arrays))
+    arrays: dict[str, Any] = {name: x for name, x in fields.items() if isinstance(x, jax.Array | np.ndarray)}
+    nothing: dict[str, Any] = dict.fromkeys(arrays)
+    mask = dataclasses.replace(call.mask, **nothing)
     kind: tuple[Any, ...] | None = None
     bias = None
     if isinstance(call.position_bias, DistanceTable):

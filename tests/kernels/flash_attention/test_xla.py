@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.kernels.flash_attention import AttentionMask
-from lm_jax.kernels.flash_attention import xla_blocks as xla
+from lm_jax.kernels.flash_attention import AttentionMask, xla
 from lm_jax.kernels.flash_attention.implementation import Call
 from lm_jax.kernels.flash_attention.xla_tiles import from_band, to_band
 
