@@ -304,12 +304,10 @@ def row_of(args: argparse.Namespace, chip: str, what: str) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> None:
     ours, best = row["ours"], row.get("splash")
     beside = f"   splash tile {best['tile']:.0f}, ours over splash {row['over_splash']:.2f}" if best else ""
-    print(
-        f"{row['chip']:6s}{row['what']:9s}{row['mask']:12s} tile {ours['tile']:.0f} "
-        f"(matrix unit busy {ours['busy']:.0f}), masked {ours['masked']:.0f}, kernel {ours['kernel'] / 1e3:.0f}k, with transposes {ours['total'] / 1e3:.0f}k, "
-        f"HBM {ours['hbm']:.2f}, VMEM {ours['vmem'] / 2**20:.0f} MiB{beside}",
-        flush=True,
-    )
+    cost = f"tile {ours['tile']:.0f} (matrix unit {ours['busy']:.0f}), masked {ours['masked']:.0f}"
+    whole = f"kernel {ours['kernel'] / 1e3:.0f}k, with transposes {ours['total'] / 1e3:.0f}k"
+    memory = f"HBM {ours['hbm']:.2f}, VMEM {ours['vmem'] / 2**20:.0f} MiB"
+    print(f"{row['chip']:6s}{row['what']:9s}{row['mask']:12s} {cost}, {whole}, {memory}{beside}", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
