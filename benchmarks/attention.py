@@ -3,6 +3,7 @@
     python -m benchmarks.attention                          this machine, T from 256 to 4096, causal
     python -m benchmarks.attention --lengths=512,16384 --batch=1 --heads=2 --kv_heads=1 --json
     python -m benchmarks.attention --mask=packed --implementations=xla,plain
+    python -m benchmarks.attention --tune --chip=v6e --head_dim=128 --dtype=bfloat16        a row for block_sizes.py
 
 Columns: each of our implementations that can serve the call; `plain`, the formula with the scores in memory; `jax.nn`,
 which is `jax.nn.dot_product_attention` as XLA compiles it. All run in one process, one after another in every round,
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_tune import tune
 from lm_jax.kernels.flash_attention import IMPLEMENTATIONS, AttentionMask, flash_attention
 from lm_jax.kernels.flash_attention.implementation import Call
 
@@ -158,6 +160,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in (("batch", 1), ("heads", 6), ("kv_heads", 6), ("head_dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring a row at least")
+    parser.add_argument("--tune", action="store_true", help="choose block sizes for a TPU instead")
+    parser.add_argument("--chip", help="for --tune without a TPU: v5e, v5p, v6e or tpu7x")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output, and nothing else")
     args = parser.parse_args(argv)
     args.lengths = [int(n) for n in args.lengths.split(",")]
@@ -170,6 +174,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.tune:
+        return tune(args)
     device = jax.devices()[0]
     rows = []
     load = os.getloadavg()[0]

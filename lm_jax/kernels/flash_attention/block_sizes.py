@@ -36,40 +36,31 @@ class Row(NamedTuple):
     measured: str
 
 
-_COUNTED = "python -m benchmarks.tpu_cycles, libtpu 0.0.51, jax 0.10.2"
+def _forward(block: int, chunk: int, sums_on_mxu: bool) -> ForwardBlocks:
+    return ForwardBlocks(block, block, chunk, chunk, sums_on_mxu)
+
+
+def _backward(block: int, chunk: int, steps: int, transpose_ahead: bool) -> BackwardBlocks:
+    return BackwardBlocks(block, block, chunk, chunk, 256, steps, transpose_ahead)
+
+
+# Counted: `python -m benchmarks.tpu_cycles` with libtpu 0.0.51 under jax 0.10.2; bundles (v5: or cycles of the matrix
+# unit, where they are more) for an open tile of 1024 x 1024 scores, forward and backward. None was timed on a chip yet.
 TABLE = (
-    Row(
-        "TPU v6 lite",
-        128,
-        "bfloat16",
-        ForwardBlocks(8192, 8192, 512, 512, sums_on_mxu=True),
-        BackwardBlocks(8192, 8192, 512, 512, 256, 8, False),
-        "",
-    ),
-    Row(
-        "TPU v5 lite",
-        128,
-        "bfloat16",
-        ForwardBlocks(8192, 8192, 512, 512, sums_on_mxu=False),
-        BackwardBlocks(8192, 8192, 512, 512, 256, 8, True),
-        "",
-    ),
-    Row(
-        "TPU v5",
-        128,
-        "bfloat16",
-        ForwardBlocks(4096, 4096, 512, 512, sums_on_mxu=False),
-        BackwardBlocks(4096, 4096, 512, 512, 256, 8, True),
-        "",
-    ),
-    Row(
-        "TPU7x",
-        128,
-        "bfloat16",
-        ForwardBlocks(4096, 4096, 512, 512, sums_on_mxu=True),
-        BackwardBlocks(4096, 4096, 512, 512, 256, 8, False),
-        "",
-    ),
+    Row("TPU v6 lite", 128, "bfloat16", _forward(8192, 512, True), _backward(8192, 512, 8, False), "1782 and 3929"),
+    Row("TPU v5 lite", 128, "bfloat16", _forward(8192, 512, False), _backward(8192, 512, 8, True), "4096 and 10240"),
+    # Half the fast memory, and otherwise as their relatives above.
+    Row("TPU v5", 128, "bfloat16", _forward(4096, 512, False), _backward(4096, 512, 8, True), "not counted"),
+    Row("TPU7x", 128, "bfloat16", _forward(4096, 512, True), _backward(4096, 512, 8, False), "not counted"),
+    Row("TPU v6 lite", 256, "bfloat16", _forward(4096, 512, True), _backward(4096, 512, 8, False), "it fits"),
+    Row("TPU v5 lite", 256, "bfloat16", _forward(4096, 512, False), _backward(4096, 512, 8, True), "it fits"),
+    Row("TPU v5", 256, "bfloat16", _forward(2048, 512, False), _backward(2048, 512, 8, True), "it fits"),
+    Row("TPU7x", 256, "bfloat16", _forward(2048, 512, True), _backward(2048, 512, 8, False), "it fits"),
+    # In float32 a product is six passes, and long bodies take minutes to compile (512 x 8: 219 s).
+    Row("TPU v6 lite", 256, "float32", _forward(2048, 256, True), _backward(2048, 256, 2, False), "time to compile"),
+    Row("TPU v5 lite", 256, "float32", _forward(2048, 256, False), _backward(2048, 256, 2, True), "time to compile"),
+    Row("TPU v5", 256, "float32", _forward(1024, 256, False), _backward(1024, 256, 2, True), "time to compile"),
+    Row("TPU7x", 256, "float32", _forward(1024, 256, True), _backward(1024, 256, 2, False), "time to compile"),
     # Interpreted, for tests: so small that short rows have chunks and blocks of every kind.
     Row(
         "cpu",
