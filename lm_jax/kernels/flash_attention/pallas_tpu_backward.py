@@ -135,7 +135,7 @@ def backward(
       blocks: cut to the lengths of the call, which need not be multiples of anything.
       interpret: run on any machine, slowly.
     """
-    seen_BTN = lse_BTN > -jnp.inf
+    seen_BTN = lse_BTN != -jnp.inf  # a NaN stays one
     delta_BTN = (out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32)).sum(-1) - d_lse_BTN
     delta_BTN = jnp.where(seen_BTN, delta_BTN, 0)
     powers_BTN = jnp.where(seen_BTN, lse_BTN * LOG2E, _FAR)

@@ -367,7 +367,7 @@ def _finish(plan: _Plan, r: _Refs, i: Any) -> None:
     H = r.q.shape[1]
     total = r.total[i]
     sums = total[H : H + 1] if plan.blocks.sums_on_mxu else r.sums[i].sum(0, keepdims=True)
-    some = sums > 0
+    some = sums != 0  # a NaN stays one
     inside = jnp.where(some, sums, 1)
     out = jnp.where(some, total[:H] / inside, 0)
     r.out[at] = jnp.transpose(out).astype(r.out.dtype)

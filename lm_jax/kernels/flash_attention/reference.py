@@ -37,7 +37,7 @@ def attend(call: Call) -> tuple[Array, Array]:
     total = weights.sum(-1, keepdims=True)
     if call.sinks_N is not None:
         total = total + jnp.exp(sinks - highest)
-    some = total > 0
+    some = total != 0  # a NaN stays one
     inside = jnp.where(some, total, 1)
     probabilities = (weights / inside).reshape(B, N // call.group, call.group, T, S)
     out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=exact).reshape(B, T, N, H)

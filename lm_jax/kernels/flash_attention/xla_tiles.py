@@ -47,7 +47,7 @@ class Sums(NamedTuple):
 
     def finish(self) -> tuple[Array, Array, Array]:
         """`out_NQH`, `lse_NQ1` and the inverse of the total; 0, -inf and 1 for a query that has seen nothing."""
-        some = self.total_NQ1 > 0
+        some = self.total_NQ1 != 0  # a NaN stays one
         total = jnp.where(some, self.total_NQ1, 1)
         lse = jnp.where(some, jnp.log(total) + self.highest_NQ1, -jnp.inf)
         return self.out_NQH / total, lse, 1 / total

@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_jax.kernels.flash_attention import AttentionMask
-from tests.kernels.flash_attention.cases import MASKS, OPTIONS, SHAPES, Options, Shape, arguments, check, expected
+from tests.kernels.flash_attention.cases import (
+    MASKS,
+    OPTIONS,
+    SHAPES,
+    Options,
+    Shape,
+    arguments,
+    check,
+    expected,
+    value_and_gradients,
+)
 
 TOLERANCE: dict[Any, float] = {np.float32: 2e-6, jnp.bfloat16: 1.5e-2, jnp.float16: 2e-3}
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -118,6 +128,19 @@ def test_scores_of_any_size(implementation: str, change: Any, monkeypatch: pytes
     monkeypatch.setattr("tests.kernels.flash_attention.cases.arguments", changed)
     # Scores of hundreds are known to 1e-5 in float32, and so are their exponentials.
     check(implementation, SHORT.replace(B=1), MASKS["causal"], dtype=np.float32, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_what_is_not_a_number_shows(implementation: str) -> None:
+    """A query of NaN gives NaN and no other query does; its gradient reaches the keys that it saw. (A sum that is not
+    above zero must not be taken for a query that sees nothing.)"""
+    a = {n: x.astype(np.float32) for n, x in arguments(SHORT.replace(B=1, T=130, S=130)).items()}
+    a["q"][0, 60, 0, 3] = np.nan
+    got = value_and_gradients(implementation, a, AttentionMask(), Options())
+    wrong = np.isnan(got["out"][0]).any(-1)  # [T, N]
+    assert wrong[60, 0] and wrong.sum() == 1 and np.isnan(got["lse"][0, 60, 0])
+    assert np.isnan(got["d q"][0, 60, 0]).any()
+    assert all(np.isnan(got[n][0, :61]).any(-1).all() for n in ("d k", "d v"))
 
 
 @pytest.mark.parametrize("implementation", ["xla", slow_unless(False, "pallas_tpu")])
