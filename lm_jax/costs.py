@@ -63,14 +63,16 @@ def flops_per_token(c: TransformerConfig, length: int, *, causal: bool = True) -
     Args:
       c: the model, its vocabulary given.
       length: tokens of a row.
-      causal: a position sees itself and those before it, (length + 1) / 2 on average. False: all of them, as published
-        rates of use often count. Rows of several documents see less; that is not counted.
+      causal: a position sees itself and those before it, (length + 1) / 2 on average, or those of them in the model's
+        window. False: all of them, as published rates of use often count. Rows of several documents see less; that is
+        not counted.
     """
     specs = named(transformer_specs(c)).values()
     weights = sum(math.prod(s.shape) for s in specs if role(s) in ("matrix", "head"))
     if c.tied:
         weights += c.ids * c.embed
-    seen = (length + 1) / 2 if causal else length
+    w = min(c.window or length, length)
+    seen = (w * (w + 1) / 2 + (length - w) * w) / length if causal else length
     attention = c.layers * 2 * 2 * c.heads * c.head_size * seen
     return 3.0 * (2 * weights + attention)
 

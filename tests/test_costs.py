@@ -86,6 +86,11 @@ def test_a_causal_position_sees_itself_and_those_before_it() -> None:
     c, length = tiny.config(), 16
     pairs = sum(1 for q in range(length) for k in range(length) if k <= q)
     saved = (length**2 - pairs) * 3 * 4 * c.layers * c.heads * c.head_size
+    windowed = dataclasses.replace(c, window=3)
+    pairs = sum(min(t + 1, 3) for t in range(length)) / length
+    per_pair = 3 * c.layers * 2 * 2 * c.heads * c.head_size
+    by_hand = costs.flops_per_token(c, length) + per_pair * (pairs - (length + 1) / 2)
+    assert costs.flops_per_token(windowed, length) == pytest.approx(by_hand)
     all_pairs, causal = costs.flops_per_token(c, length, causal=False), costs.flops_per_token(c, length)
     assert length * (all_pairs - causal) == saved
     assert costs.training_flops(c, length, 1000) == 1000 * causal

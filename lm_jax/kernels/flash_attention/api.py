@@ -74,6 +74,7 @@ def flash_attention(
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(q_BTNH, k_BSKH, v_BSKH, _with_integers(mask), scale, soft_cap, position_bias, sinks_N, return_lse)
     check(call)
+    call = call._replace(mask=_in_int32(call.mask))
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}, or None")
     return _on_the_mesh(call, implementation)
@@ -117,6 +118,10 @@ def _check_heads(name: str, a: Array | None, shape: tuple[int, ...]) -> None:
 
 
 def _check_mask(mask: AttentionMask, B: int, T: int, S: int) -> None:
+    for name in ("window", "prefix_length", "q_offset", "kv_length"):
+        x = getattr(mask, name)
+        right = x is None or type(x) is int or (name != "window" and hasattr(x, "shape"))
+        _require(right, f"mask.{name} is {x!r}: use an integer" + ("" if name == "window" else " or an array of them"))
     for name, length in (("q_segment_ids", T), ("kv_segment_ids", S)):
         ids = getattr(mask, name)
         if ids is not None:
@@ -129,6 +134,11 @@ def _check_mask(mask: AttentionMask, B: int, T: int, S: int) -> None:
         elif x is not None:
             _require(x.shape in ((), (B,)), f"mask.{name} has shape {x.shape}: it must be a scalar or {(B,)}")
             _require(jnp.issubdtype(x.dtype, jnp.integer), f"mask.{name} is {x.dtype}: it must be an integer")
+
+
+def _in_int32(mask: AttentionMask) -> AttentionMask:
+    """Positions are compared with lengths, which a smaller dtype may not hold."""
+    return jax.tree.map(lambda x: x if isinstance(x, int) else x.astype(jnp.int32), mask)
 
 
 def _require(ok: Any, message: str) -> None:

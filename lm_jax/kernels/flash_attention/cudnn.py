@@ -30,6 +30,7 @@ def refuses(call: Call) -> str | None:
         "an offset of the queries": not isinstance(mask.q_offset, int) or mask.q_offset > 0,
         "lengths a row": not (mask.kv_length is None or isinstance(mask.kv_length, int)),
         "a row without keys": mask.kv_length == 0 if isinstance(mask.kv_length, int) else False,
+        "queries without keys": mask.window is not None and call.q_BTNH.shape[1] - mask.window >= _keys(call),
         "a window on both sides": mask.window is not None and not mask.causal,
         "a soft cap": call.soft_cap is not None,
         "a position bias": call.position_bias is not None,
@@ -38,6 +39,11 @@ def refuses(call: Call) -> str | None:
     }
     wanted = [name for name, asked in parts.items() if asked]
     return f"it has no {', no '.join(wanted)}" if wanted else None
+
+
+def _keys(call: Call) -> int:
+    S, length = call.k_BSKH.shape[1], call.mask.kv_length
+    return min(S, length) if isinstance(length, int) else S
 
 
 def attend(call: Call) -> tuple[Array, None]:

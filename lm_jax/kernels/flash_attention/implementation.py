@@ -132,7 +132,10 @@ def with_gradient(forward: Forward, backward: Backward) -> Callable[[Call], tupl
 
     def run_backward(statics: Statics, kept: Any, g: tuple[Array, Array]) -> tuple[Operands]:
         operands, out, lse, saved = kept
-        grads = backward(statics.join(operands), out, lse, saved, *g)
+        d_out, d_lse = g
+        # Of the -inf of a query that sees nothing there is no gradient, though merging parts may send NaN for it.
+        d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)
+        grads = backward(statics.join(operands), out, lse, saved, d_out, d_lse)
         return (Operands(*grads, mask=dict.fromkeys(operands.mask)),)
 
     run.defvjp(run_forward, run_backward)

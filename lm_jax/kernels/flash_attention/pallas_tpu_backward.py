@@ -69,6 +69,7 @@ class _Plan(NamedTuple):
     kv_steps: int
     scale: float
     query_factor: float  # what the queries come multiplied with
+    key_factor: float  # what is then left of the scale for the gradient of the keys
     soft_cap: float | None
     slopes: bool
     dtype: Any  # of what is multiplied
@@ -164,6 +165,8 @@ def _call_kernel(
     blocks = plan.blocks
     q = _heads_first(call.q_BTNH.astype(jnp.float32) * plan.query_factor, blocks.q_chunk, plan.dtype)
     d_out = _heads_first(d_out_BTNH, blocks.q_chunk, plan.dtype)
+    fill = ((0, 0), (0, -T % blocks.q_chunk), (0, 0))
+    lse_BTN = jnp.pad(lse_BTN, fill, constant_values=_FAR)  # what is added behind the queries sees nothing
     lse, delta = (_heads_first(a[..., None], blocks.q_chunk, jnp.float32) for a in (lse_BTN, delta_BTN))
     lse, delta = (jnp.swapaxes(a, 2, 3) for a in (lse, delta))
     k, v = (_heads_first(a, blocks.kv_chunk, plan.dtype) for a in (call.k_BSKH, call.v_BSKH))
@@ -214,6 +217,7 @@ def _plan(call: Call, blocks: BackwardBlocks) -> _Plan:
         kv_steps=pl.cdiv(S, kv),
         scale=call.scale,
         query_factor=call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap,
+        key_factor=1 / LOG2E if call.soft_cap is None else call.soft_cap,
         soft_cap=call.soft_cap,
         slopes=isinstance(call.position_bias, Slopes),
         dtype=jnp.bfloat16 if narrow else jnp.float32,
@@ -335,7 +339,7 @@ def _start_keys(plan: _Plan, r: _Refs, at: Any) -> None:
 
 
 def _finish_keys(plan: _Plan, r: _Refs, at: Any) -> None:
-    r.dk[at] = jnp.transpose(r.dkT[:, at] * (plan.scale / plan.query_factor)).astype(r.dk.dtype)
+    r.dk[at] = jnp.transpose(r.dkT[:, at] * plan.key_factor).astype(r.dk.dtype)
     r.dv[at] = jnp.transpose(r.dvT[:, at]).astype(r.dv.dtype)
 
 

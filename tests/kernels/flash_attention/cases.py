@@ -109,6 +109,7 @@ class Options:
 OPTIONS: dict[str, Options] = {
     "plain": Options(),
     "scale": Options(scale=0.7),
+    "scale of zero": Options(scale=0.0),
     "soft cap": Options(soft_cap=1.5),
     "slopes": Options(bias="slopes"),
     "table": Options(bias="table"),
@@ -125,7 +126,8 @@ def arguments(shape: Shape, options: Options = Options(), size: float = 1.0, see
     a |= {name: random.standard_normal((s.B, s.S, s.K, s.H)) for name in ("k", "v")}
     a["g_lse"] = random.standard_normal((s.B, s.T, s.N))
     if options.bias == "slopes":
-        a["bias"] = random.random(s.N) * 0.1
+        a["bias"] = random.random(s.N) * 0.2 - 0.1
+        a["bias"][0] = -0.6  # a head that looks far
     if options.bias == "table":
         a["bias"] = random.standard_normal((s.N, 40))
     if options.sinks:
@@ -158,8 +160,8 @@ def value_and_gradients(
 
     def both(moving: dict[str, jax.Array], g: Any) -> dict[str, jax.Array]:
         (out, lse), back = jax.vjp(f, moving)
-        # A row that sees nothing has no finite log-sum-exp, and no gradient of it to ask for.
-        g_lse = jnp.where(jnp.isfinite(lse), g[1], 0).astype(lse.dtype)
+        # The derivative of what a caller does with -inf is often NaN; the reference is spared it.
+        g_lse = jnp.where(lse == -jnp.inf, 0 if implementation == "reference" else jnp.nan, g[1]).astype(lse.dtype)
         (grads,) = back((g[0].astype(out.dtype), g_lse))
         return {"out": out, "lse": lse} | {f"d {name}": d for name, d in grads.items()}
 

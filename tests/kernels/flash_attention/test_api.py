@@ -73,6 +73,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "offset": ({"mask": AttentionMask(q_offset=-3)}, "mask.q_offset is -3: it counts positions"),
     "lengths": ({"mask": AttentionMask(kv_length=jnp.array([1, 2, 3]))}, "mask.kv_length has shape (3,)"),
+    "float offset": ({"mask": AttentionMask(q_offset=2.0)}, "mask.q_offset is 2.0: use an integer or an array of"),  # type: ignore[arg-type]
+    "a list": ({"mask": AttentionMask(kv_length=[20, 20])}, "mask.kv_length is [20, 20]: use an integer or an array"),  # type: ignore[arg-type]
+    "true": ({"mask": AttentionMask(kv_length=True)}, "mask.kv_length is True: use an integer"),
+    "float window": ({"mask": AttentionMask(window=10.5)}, "mask.window is 10.5: use an integer"),  # type: ignore[arg-type]
     "float prefix": ({"mask": AttentionMask(prefix_length=jnp.ones(B))}, "mask.prefix_length is float32"),
     "name": ({"implementation": "flash"}, "implementation is 'flash': use one of reference, xla, pallas_tpu, cudnn"),
     "a GPU's": ({"implementation": "cudnn"}, "implementation 'cudnn' cannot serve this call: it needs an NVIDIA GPU"),
@@ -114,6 +118,16 @@ def test_numbers_of_numpy_are_numbers() -> None:
     np.testing.assert_allclose(got, want, atol=1e-6)
     rows = flash_attention(**a, mask=AttentionMask(q_offset=np.array([2, 2])))  # type: ignore[arg-type]
     np.testing.assert_allclose(rows, flash_attention(**a, mask=AttentionMask(q_offset=2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_lengths_in_small_integers_are_lengths(implementation: str) -> None:
+    """300 keys do not fit into the dtype of these lengths."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((2, 300, 1, 8)), jnp.float32) for _ in range(3))
+    small, whole = (AttentionMask(causal=False, kv_length=jnp.asarray([100, 120], d)) for d in (jnp.uint8, jnp.int32))
+    want = flash_attention(q, k, v, mask=whole, implementation="reference")
+    np.testing.assert_allclose(flash_attention(q, k, v, mask=small, implementation=implementation), want, atol=1e-5)
 
 
 def test_parts_over_keys_merge_exactly() -> None:

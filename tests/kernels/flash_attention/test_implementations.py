@@ -1,7 +1,7 @@
 """Every implementation against the reference in float64: value, log-sum-exp and all gradients, over one grid.
 
 `xla` runs in float64 itself, where only a wrong formula can differ. The TPU kernels run in Pallas's interpreter, a
-sample of the grid in the fast tests, and all of it, also with races looked for, in the slow ones.
+sample of the grid in the fast tests and all of it in the slow ones.
 """
 
 from __future__ import annotations
