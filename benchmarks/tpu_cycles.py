@@ -11,9 +11,8 @@ bundles and the unit's busy cycles counts, loop by loop. `tile` is what 1024 x 1
 around it (transposes) added. HBM is what the compiler says that the program reads and writes, over what it would if
 every operand and result moved once; VMEM what the kernel allocates.
 
-Splash is counted at the better of the `SPLASH_BLOCKS` by its live tiles and the starts and ends of its blocks; its steps
-themselves cost it nothing here.
-Compiling takes up to a minute a row.
+Splash is counted at the better of the `SPLASH_BLOCKS` by its live tiles and the starts and ends of its blocks; its
+steps themselves cost it nothing here. Compiling takes up to a minute a row.
 """
 
 from __future__ import annotations
