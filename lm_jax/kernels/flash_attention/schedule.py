@@ -118,9 +118,3 @@ def live_tiles(kinds: Any) -> tuple[Any, Any]:
     rank = xp.where(kinds == DEAD, 2, xp.where(kinds == OPEN, 1, 0))
     order = np.argsort(rank, -1, kind="stable") if xp is np else jnp.argsort(rank, -1, stable=True)
     return counts, order.astype(np.int32)
-
-
-def live_fraction(mask: AttentionMask, T: int, S: int, block: int = 512) -> float:
-    """The share of tiles that a static mask computes: what a kernel's time is proportional to."""
-    kinds = tile_kinds(mask, T, S, block, block)
-    return float(np.mean(np.asarray(kinds) != DEAD))
