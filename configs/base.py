@@ -20,7 +20,7 @@ def pretraining(tokens: int) -> ConfigDict:
     """`base` with what the pre-training of a model of 100 million parameters or more has in common.
 
     Llama's vocabulary size and epsilon (Touvron et al. 2023, arXiv:2302.13971); each block is computed again in the
-    backward pass, because plain attention would keep `heads x length x length` numbers a layer and row.
+    backward pass, because what is between its weights would otherwise be kept for every layer.
     """
     config = base()
     config.model.vocab = 32_000
