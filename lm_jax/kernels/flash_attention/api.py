@@ -26,7 +26,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     i.name: i for i in (reference.IMPLEMENTATION, xla.IMPLEMENTATION, pallas_tpu.IMPLEMENTATION, cudnn.IMPLEMENTATION)
 }
 # Which are tried by default on a platform, the first that can serve a call taking it.
-DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla"), "cuda": ("cudnn", "xla")}
+DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}
 _ELSEWHERE = ("xla",)
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
