@@ -18,8 +18,19 @@ _CACHE = tempfile.mkdtemp(prefix="lm_jax_tests_")
 os.environ["LM_JAX_CACHE"] = _CACHE
 
 import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from lm_jax.sharding import one_device_mesh  # noqa: E402
+
+# A change passes or fails for what it changes: `make test` draws the same examples every time, `make test-full` new
+# ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Which examples hypothesis draws."""
+    settings.load_profile("same" if config.getoption("markexpr") == "not slow" else "new")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

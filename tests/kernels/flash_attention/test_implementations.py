@@ -156,7 +156,13 @@ def test_random_calls(implementation: str, data: Any) -> None:
         made = MASKS[mask](s)
         return made if window is None else dataclasses.replace(made, window=window)
 
-    check(implementation, shape, masked, OPTIONS[options], np.float32, TOLERANCE[np.float32])
+    if implementation == "xla":
+        check(implementation, shape, masked, OPTIONS[options])
+        return
+    # Slopes give scores up to 90 here, which float32 knows to 5e-6, and their exponentials with them; the slopes' own
+    # gradient is a sum of such terms of both signs.
+    tolerance = 3e-5 if options in ("slopes", "all") else TOLERANCE[np.float32]
+    check(implementation, shape, masked, OPTIONS[options], np.float32, tolerance)
 
 
 def test_the_comparison_can_fail() -> None:
