@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lm_jax.kernels.flash_attention.implementation import Call, Implementation
+from lm_jax.kernels.flash_attention.implementation import ATTENDED, Call, Implementation
 from lm_jax.sharding import device_kind, platform
 
 Array = jax.Array
@@ -62,7 +63,8 @@ def attend(call: Call) -> tuple[Array, None]:
         local_window_size=window,
         implementation="cudnn",
     )
-    return out, None
+    # Its log-sum-exp stays inside of it, so what is kept by name does not spare the backward pass the forward.
+    return checkpoint_name(out, ATTENDED), None
 
 
 IMPLEMENTATION = Implementation("cudnn", refuses, attend)

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.mask import AttentionMask
 
 Array = jax.Array
+ATTENDED = "attention"  # the name by which remat policies know what comes out of here
 
 
 class Call(NamedTuple):
@@ -117,7 +119,8 @@ def with_gradient(forward: Forward, backward: Backward) -> Callable[[Call], tupl
     """`attend` out of two functions.
 
     Args:
-      forward: `call -> out, lse, saved`.
+      forward: `call -> out, lse, saved`. Out and lse are named `ATTENDED`: a remat policy that keeps them spares the
+        backward pass this function, unless it reads what else was saved.
       backward: `(call, out, lse, saved, d_out, d_lse) -> Gradients`, `saved` being what forward gave.
     """
 
@@ -128,6 +131,8 @@ def with_gradient(forward: Forward, backward: Backward) -> Callable[[Call], tupl
 
     def run_forward(statics: Statics, operands: Operands) -> Any:
         out, lse, saved = forward(statics.join(operands))
+        # Named here, and not by who calls: only here is the lse that the backward pass reads.
+        out, lse = checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
         return (out, lse), (operands, out, lse, saved)
 
     def run_backward(statics: Statics, kept: Any, g: tuple[Array, Array]) -> tuple[Operands]:
