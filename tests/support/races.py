@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
@@ -30,6 +31,7 @@ def detected(cores: int = 2) -> Iterator[list[Any]]:
         seen.append(make(*a, **k))
         return seen[-1]
 
+    jax.clear_caches()  # a kernel that was traced before, for the same call, would run as it was then: unwatched
     watching = functools.partial(pltpu.InterpretParams, detect_races=True, num_cores_or_threads=cores)
     try:
         with (

@@ -183,6 +183,27 @@ def test_on_a_mesh_of_one_device_it_is_the_same() -> None:
         np.testing.assert_array_equal(jax.jit(lambda a: flash_attention(**a, mask=CAUSAL))(inputs()), plain)
 
 
+@pytest.mark.parametrize(("T", "offset", "other"), [(40, 0, 0), (500, [3, 1], [0, 7])])  # short and long for xla
+def test_without_a_jit_a_call_compiles_once(T: int, offset: Any, other: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """For its shapes and what of it is known when tracing: other values of an array compile nothing, nor does the
+    gradient the second time."""
+    a = {name: jnp.ones((B, T, N, H)) for name in ("q_BTNH", "k_BSKH", "v_BSKH")}
+
+    def compiled(offset: Any) -> int:
+        caplog.clear()
+        mask = AttentionMask(q_offset=offset if isinstance(offset, int) else jnp.array(offset))
+        with jax.log_compiles():
+            out, pull = jax.vjp(lambda q: flash_attention(**a | {"q_BTNH": q}, mask=mask), a["q_BTNH"])
+            pull(out)
+        return sum(record.message.startswith("Compiling") for record in caplog.records)
+
+    jax.clear_caches()
+    assert compiled(offset) >= 2
+    assert compiled(offset) == 0
+    assert compiled(other) == 0
+    assert compiled(5) >= 2, "the offset is known when tracing"
+
+
 def test_every_kernel_is_ours() -> None:
     """No file outside `benchmarks/` and this test imports another project's attention."""
     foreign = re.compile(
