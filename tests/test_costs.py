@@ -185,6 +185,9 @@ def test_each_part_answers_to_its_cause() -> None:
     stream = 8 * 64 * 128 * 4  # what goes into each of the four blocks and into the last norm
     assert 5 * stream < remat["activations"] < 5.5 * stream
     assert remat["working"] > plain["working"]
+    attention = estimate(program(dict(batch_size=8, length=64, remat="attention")))
+    given = 4 * (8 * 64 * 128 * 4 + 8 * 64 * 4 * 4)  # what attention gives in four blocks: output and log-sum-exp
+    assert attention["activations"] == remat["activations"] + given
     assert parts["gradients"] == 2 * plain["gradients"] and parts["activations"] < plain["activations"]
     assert plain["optimizer"] > 2 * plain["parameters"] > adafactor["optimizer"]
 

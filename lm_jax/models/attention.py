@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.errors import ConfigError
 from lm_jax.kernels.flash_attention import IMPLEMENTATIONS, AttentionMask, flash_attention
@@ -162,7 +161,6 @@ def attention(
         sinks_N=params.get("sinks"),
         implementation=c.attention_kernel,
     )
-    y = checkpoint_name(y, "attention")
     return linear(y, params["out"], ("heads", "head_dim"), ("features",)), cache
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.errors import ConfigError
+from lm_jax.kernels.flash_attention import ATTENDED
 from lm_jax.models.attention import KeyValueCache, empty_cache
 from lm_jax.models.block import BlockConfig, block, block_specs
 from lm_jax.models.linear import PRODUCT, linear
@@ -24,7 +25,7 @@ Params = dict[str, Any]
 REMAT = {
     "none": None,  # keep everything that the backward pass reads
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # keep products with weights
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # keep attention's outputs
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),  # keep what attention gives
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

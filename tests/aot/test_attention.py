@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ from tests.support.tpu import CHIPS, mesh_of_chips
 HEADS = ("batch", "length", "heads", "head_dim")
 
 
-def compiled(chip: str, options: str, dtype: Any, T: int, N: int, K: int, H: int) -> Any:
-    """Value and gradients of a call on one chip, as the compiler leaves them."""
-    mesh = mesh_of_chips(CHIPS[chip])
+def compiled(
+    chip: str, options: str, dtype: Any, T: int, N: int, K: int, H: int, sizes: tuple[int, int, int, int] = (1, 1, 1, 1)
+) -> Any:
+    """Value and gradients of a call on a mesh of chips, of these sizes, as the compiler leaves them."""
+    mesh = mesh_of_chips(CHIPS[chip], sizes)
     shapes = {"q": (2, T, N, H), "k": (2, T, K, H), "v": (2, T, K, H)}
     with jax.set_mesh(mesh):
         whole = NamedSharding(mesh, partition(*HEADS))
@@ -71,10 +74,28 @@ def compiled(chip: str, options: str, dtype: Any, T: int, N: int, K: int, H: int
     ],
 )
 def test_the_kernels_compile(chip: str, options: str, dtype: Any, T: int, N: int, K: int, H: int) -> None:
-    program = compiled(chip, options, dtype, T, N, K, H)
+    check_program(compiled(chip, options, dtype, T, N, K, H), operands=2 * T * H * (2 * N + 2 * K) * 4)
+
+
+def test_each_of_four_chips_computes_its_rows_and_heads() -> None:
+    """Two of the rows' parts by two of the heads': the kernels see a quarter, and nothing is gathered."""
+    T, N, K, H = 256, 8, 4, 128
+    program = compiled("v6e", "packed", jnp.bfloat16, T, N, K, H, sizes=(2, 1, 1, 2))
+    check_program(program, operands=T * H * (N + K) * 4)
+    text = program.as_text()
+    (forward,) = (line for line in text.splitlines() if "custom-call(" in line and "flash_attention_forward" in line)
+    assert f"bf16[1,{N // 2},{T},{H}]" in forward.split("custom-call(")[0], forward[:300]
+    assert "num_partitions=4" in text.splitlines()[0]
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+
+
+def check_program(program: Any, operands: int) -> None:
+    """Both kernels are in it, and its memory is linear in length: nothing of T x T.
+
+    Args:
+      operands: bytes in float32 of a chip's queries, keys and values, each twice.
+    """
     text = program.as_text()
     for kernel in ("flash_attention_forward", "flash_attention_backward"):
         assert kernel in text, f"{kernel} is not in the program"
-    # Linear in length: nothing of T x T.
-    operands = 2 * T * H * (2 * N + 2 * K) * 4
     assert program.memory_analysis().temp_size_in_bytes < 4 * operands + 2**25

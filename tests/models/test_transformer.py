@@ -3,18 +3,23 @@
 Shapes: B batch, T length, D embed, V vocabulary.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from lm_jax.errors import ConfigError
 from lm_jax.models.transformer import REMAT, TransformerConfig, hidden, init_cache, logits, transformer_specs
 from lm_jax.params import Tree, initialize, named
+from lm_jax.sharding import one_device_mesh
 from tests.support import tiny
+from tests.support.tpu import mesh_of_chips
 
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(0, 64, (2, 12)).astype(np.int32)
@@ -180,6 +185,46 @@ def test_remat_keeps_less(scan: bool) -> None:
 
     sizes = {remat: kept(remat) for remat in ("none", "dots", "attention", "full")}
     assert sizes["none"] > sizes["dots"] > sizes["attention"] > sizes["full"], sizes
+
+
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a program whose results are read, and of the programs inside it; not those inside of a Pallas kernel."""
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        # JAX never takes out a Pallas kernel that nobody reads. XLA does.
+        if any(id(v) in read for v in equation.outvars):
+            yield equation
+        if equation.primitive.name != "pallas_call":
+            for inside in jaxprs_in_params(equation.params):
+                yield from operations(inside)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mesh"), [("xla", None), ("xla", one_device_mesh), ("pallas_tpu", lambda: mesh_of_chips("v6e:2x2"))]
+)
+def test_attention_that_is_kept_is_not_computed_again(kernel: str, mesh: Any) -> None:
+    """Its forward pass is in the program of a gradient once, twice where a policy keeps less than it gives.
+
+    It is known by the name of its kernel, or by the softmax's highest score: nothing else in this program
+    takes a maximum. (The row is one for which `xla` keeps no probabilities.)
+    """
+    c = tiny.config(attention_kernel=kernel)
+    tokens = np.zeros((1, 300), np.int32)
+
+    def is_forward(equation: Any) -> bool:
+        if kernel == "xla":
+            return equation.primitive.name == "reduce_max"
+        return equation.params.get("name") == "flash_attention_forward"
+
+    def forwards(remat: str) -> int:
+        def loss(params: Tree) -> jax.Array:
+            return jnp.sum(hidden(params, tokens, c=c, remat=remat)[0])
+
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh()):
+            program = jax.make_jaxpr(jax.grad(loss))(jax.eval_shape(lambda: tiny.parameters(c)))
+        return sum(map(is_forward, operations(program.jaxpr)))
+
+    assert {remat: forwards(remat) for remat in REMAT} == {"none": 1, "dots": 2, "attention": 1, "full": 2}
 
 
 def test_every_parameter_has_a_gradient(scanned: tuple[jax.Array, Tree]) -> None:

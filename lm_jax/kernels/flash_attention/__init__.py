@@ -2,9 +2,11 @@
 
 from lm_jax.kernels.flash_attention.api import IMPLEMENTATIONS, flash_attention
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
+from lm_jax.kernels.flash_attention.implementation import ATTENDED
 from lm_jax.kernels.flash_attention.mask import PATTERNS, AttentionMask, LocalGlobal, Strided
 
 __all__ = [
+    "ATTENDED",
     "IMPLEMENTATIONS",
     "PATTERNS",
     "AttentionMask",

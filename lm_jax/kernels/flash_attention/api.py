@@ -72,6 +72,7 @@ def flash_attention(
         implementation that cannot serve the call.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
+    soft_cap = None if soft_cap is None else float(soft_cap)
     call = Call(q_BTNH, k_BSKH, v_BSKH, _with_integers(mask), scale, soft_cap, position_bias, sinks_N, return_lse)
     check(call)
     call = call._replace(mask=_in_int32(call.mask))
@@ -194,7 +195,12 @@ def _on_the_mesh(call: Call, name: str | None) -> Any:
     """Each device computes its own rows, heads and queries; keys are whole in length."""
     if on_one_device():
         return _answer(call, name)
-    statics, operands = split(call)
+    return _each_part(*split(call), name)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _each_part(statics: Statics, operands: Operands, name: str | None) -> Any:
+    """Compiled once for the same call, as each implementation is, also where the caller has no jit."""
     queries_are_split = axis_size("sequence") > 1
 
     def one_device(a: Operands) -> Any:
@@ -207,7 +213,7 @@ def _on_the_mesh(call: Call, name: str | None) -> Any:
     rows = ("batch", "length", "heads")
     out = (*rows, "head_dim")
     return on_each_device(
-        one_device, (operands,), (_names(statics, operands),), (out, rows) if call.return_lse else out
+        one_device, (operands,), (_names(statics, operands),), (out, rows) if statics.return_lse else out
     )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lm_jax.kernels.flash_attention.implementation import Call, Implementation
+from lm_jax.kernels.flash_attention.implementation import ATTENDED, Call, Implementation
 from lm_jax.sharding import device_kind, platform
 
 Array = jax.Array
@@ -21,8 +22,13 @@ def refuses(call: Call) -> str | None:
         return f"it needs an NVIDIA GPU, and this is {device_kind()}"
     if call.q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, and the queries are {call.q_BTNH.dtype}"
-    if H > 128 or H % 8:
-        return f"it needs a head dim of at most 128 that 8 divides, and it is {H}"
+    capability = compute_capability()
+    if capability is None or capability < (8, 0):
+        found = "unknown" if capability is None else "{}.{}".format(*capability)
+        return f"it needs a GPU of compute capability 8.0 or more, and {device_kind()} has {found}"
+    most = 256 if capability >= (9, 0) else 128
+    if H % 8 or most < H:
+        return f"on {device_kind()} it needs a head dim of at most {most} that 8 divides, and it is {H}"
     parts = {
         "segment ids": mask.q_segment_ids is not None,
         "a prefix": mask.prefix_length is not None,
@@ -39,6 +45,15 @@ def refuses(call: Call) -> str | None:
     }
     wanted = [name for name, asked in parts.items() if asked]
     return f"it has no {', no '.join(wanted)}" if wanted else None
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this process's first GPU, which is where JAX's own checks look; None where there is none that says it."""
+    try:
+        major, minor = jax.local_devices(backend="gpu")[0].compute_capability.split(".")
+    except (RuntimeError, AttributeError):  # no GPU: the mesh only describes one; or not a CUDA device
+        return None
+    return int(major), int(minor)
 
 
 def _keys(call: Call) -> int:
@@ -62,7 +77,8 @@ def attend(call: Call) -> tuple[Array, None]:
         local_window_size=window,
         implementation="cudnn",
     )
-    return out, None
+    # Its log-sum-exp stays inside of it, so what is kept by name does not spare the backward pass the forward.
+    return checkpoint_name(out, ATTENDED), None
 
 
 IMPLEMENTATION = Implementation("cudnn", refuses, attend)

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.mask import AttentionMask
 
 Array = jax.Array
+ATTENDED = "attention"  # the name by which remat policies know what comes out of here
 
 
 class Call(NamedTuple):
@@ -116,20 +118,33 @@ Backward = Callable[[Call, Array, Array, Any, Array, Array], Gradients]
 def with_gradient(forward: Forward, backward: Backward) -> Callable[[Call], tuple[Array, Array]]:
     """`attend` out of two functions.
 
+    Each is a jit of its own, so that it is compiled once for a call's shapes and for what of it is known when tracing,
+    also where the caller has no jit: a loop outside of every jit is compiled anew whenever it runs. Inside of a jit
+    nothing is left of these.
+
     Args:
-      forward: `call -> out, lse, saved`.
+      forward: `call -> out, lse, saved`. Out and lse are named `ATTENDED`: a remat policy that keeps them spares the
+        backward pass this function, unless it reads what else was saved.
       backward: `(call, out, lse, saved, d_out, d_lse) -> Gradients`, `saved` being what forward gave.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(statics: Statics, operands: Operands) -> tuple[Array, Array]:
+        return run_alone(statics, operands)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def run_alone(statics: Statics, operands: Operands) -> tuple[Array, Array]:
         out, lse, _ = forward(statics.join(operands))
         return out, lse
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run_forward(statics: Statics, operands: Operands) -> Any:
         out, lse, saved = forward(statics.join(operands))
+        # Named here, and not by who calls: only here is the lse that the backward pass reads.
+        out, lse = checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
         return (out, lse), (operands, out, lse, saved)
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run_backward(statics: Statics, kept: Any, g: tuple[Array, Array]) -> tuple[Operands]:
         operands, out, lse, saved = kept
         d_out, d_lse = g

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lm_jax.kernels.flash_attention.implementation import Call, Implementation, accumulator
+from lm_jax.kernels.flash_attention.implementation import ATTENDED, Call, Implementation, accumulator
 
 Array = jax.Array
 
@@ -42,7 +43,7 @@ def attend(call: Call) -> tuple[Array, Array]:
     probabilities = (weights / inside).reshape(B, N // call.group, call.group, T, S)
     out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v, precision=exact).reshape(B, T, N, H)
     lse = jnp.where(some, jnp.log(inside) + highest, -jnp.inf)[..., 0]
-    return out.astype(call.q_BTNH.dtype), jnp.swapaxes(lse, 1, 2)
+    return checkpoint_name(out.astype(call.q_BTNH.dtype), ATTENDED), jnp.swapaxes(lse, 1, 2)
 
 
 def _bias_BNTS(call: Call, T: int, S: int) -> Array:

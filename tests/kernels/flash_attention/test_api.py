@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -183,19 +184,86 @@ def test_on_a_mesh_of_one_device_it_is_the_same() -> None:
         np.testing.assert_array_equal(jax.jit(lambda a: flash_attention(**a, mask=CAUSAL))(inputs()), plain)
 
 
+@pytest.mark.parametrize(("T", "offset", "other"), [(40, 0, 0), (500, [3, 1], [0, 7])])  # short and long for xla
+def test_without_a_jit_a_call_compiles_once(T: int, offset: Any, other: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """For its shapes and what of it is known when tracing: other values of an array compile nothing, nor does the
+    gradient the second time."""
+    a = {name: jnp.ones((B, T, N, H)) for name in ("q_BTNH", "k_BSKH", "v_BSKH")}
+
+    def compiled(offset: Any) -> int:
+        caplog.clear()
+        mask = AttentionMask(q_offset=offset if isinstance(offset, int) else jnp.array(offset))
+        with jax.log_compiles():
+            out, pull = jax.vjp(lambda q: flash_attention(**a | {"q_BTNH": q}, mask=mask), a["q_BTNH"])
+            pull(out)
+        return sum(record.message.startswith("Compiling") for record in caplog.records)
+
+    jax.clear_caches()
+    assert compiled(offset) >= 2
+    assert compiled(offset) == 0
+    assert compiled(other) == 0
+    assert compiled(5) >= 2, "the offset is known when tracing"
+
+
+FOREIGN = re.compile(
+    r"(^|\.)pallas\.ops(\.|$)|splash_attention|flash_attention_jax|tokamax|maxtext|ejkernel|flash_attn|transformer_engine"
+    r"|cudnn\.fused|cudnn_fused",
+    re.IGNORECASE,
+)
+
+
+def foreign_imports(source: str) -> list[str]:
+    """The dotted names of others' attention that a file imports, `from a import b` being `a.b`, also by a call of
+    `import_module` or `__import__` with the name in it."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names += [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return [name for name in names if FOREIGN.search(name)]
+
+
 def test_every_kernel_is_ours() -> None:
-    """No file outside `benchmarks/` and this test imports another project's attention."""
-    foreign = re.compile(
-        r"(import|from)\s.*(splash_attention|pallas\.ops|flash_attention_jax|tokamax|maxtext|ejkernel|"
-        r"flash_attn|transformer_engine|cudnn\.fused|cudnn_fused)"
-    )
+    """No file outside `benchmarks/` imports another project's attention."""
     files = [p for room in ("lm_jax", "launch", "configs", "tests") for p in (ROOT / room).rglob("*.py")]
     assert len(files) > 100
-    for path in files:
-        if path != Path(__file__):
-            for line in path.read_text().splitlines():
-                assert not foreign.search(line), f"{path}: {line}"
-    assert foreign.search("from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel")
+    found = {str(path.relative_to(ROOT)): foreign_imports(path.read_text()) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel",
+        "from jax.experimental.pallas import ops",
+        "from jax.experimental.pallas import (\n    BlockSpec,\n    ops as theirs,\n)",
+        "import jax.experimental.pallas.ops.gpu.attention as a",
+        "def f():\n    if True:\n        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention",
+        "from jax._src.cudnn import \\\n    fused_attention_stablehlo",
+        "import numpy, tokamax",
+        "importlib.import_module('flash_attn.flash_attn_interface')",
+        "__import__('transformer_engine')",
+    ],
+)
+def test_a_planted_import_of_theirs_is_seen(source: str) -> None:
+    assert len(foreign_imports(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from jax.experimental import pallas as pl",
+        "from jax.experimental.pallas import tpu as pltpu",
+        "from lm_jax.kernels.flash_attention import cudnn, flash_attention",
+        "'import tokamax'  # from jax.experimental.pallas import ops",
+        "from project.pallas.opsets import x",
+    ],
+)
+def test_an_import_of_ours_is_not_seen(source: str) -> None:
+    assert foreign_imports(source) == []
 
 
 def test_names() -> None:
