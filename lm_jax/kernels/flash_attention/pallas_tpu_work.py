@@ -78,9 +78,9 @@ def _in_blocks(tiles: Any, per: tuple[int, int]) -> Any:
 
 def _counted(chosen: Any) -> Any:
     """`[B, X, Y, I, J]` float32: how many are chosen up to here, row by row, itself included."""
-    I, J = chosen.shape[3:]
-    inside = _product(chosen.astype(np.float32), np.triu(np.ones((J, J), np.float32)))
-    before = _product(inside[..., None, :, -1], np.triu(np.ones((I, I), np.float32), 1))
+    rows, columns = chosen.shape[3:]
+    inside = _product(chosen.astype(np.float32), np.triu(np.ones((columns, columns), np.float32)))
+    before = _product(inside[..., None, :, -1], np.triu(np.ones((rows, rows), np.float32), 1))
     return inside + before.swapaxes(-1, -2)
 
 
@@ -89,13 +89,13 @@ def _listed(nth: Any) -> Any:
 
     Without a sort: as many rows, and as many of a row, stand in front of one as have counted no further than to it.
     """
-    I, J = nth.shape[3:]
+    rows, columns = nth.shape[3:]
     xp = np if isinstance(nth, np.ndarray) else jnp
-    n = np.arange(I * J)[:, None]
+    n = np.arange(rows * columns)[:, None]
     i = (nth[..., None, :, -1] <= n).sum(-1, dtype=np.int32)
-    row = _product((i[..., None] == np.arange(I)).astype(np.float32), nth)
+    row = _product((i[..., None] == np.arange(rows)).astype(np.float32), nth)
     j = (row <= n).sum(-1, dtype=np.int32)
-    return pack(i, xp.where(i < I, j, 0))
+    return pack(i, xp.where(i < rows, j, 0))
 
 
 def _product(a: Any, b: Any) -> Any:
