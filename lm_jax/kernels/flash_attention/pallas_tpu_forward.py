@@ -39,7 +39,7 @@ _STEPS, _FEW_STEPS = 16, 4
 # Scores are computed so far ahead of their softmax that they fill all slots. A part is too short to hide its own
 # latency behind one other (v6e, causal and window: 16 parts take 2,970 bundles two ahead and 2,470 three ahead).
 _CHUNK_SLOTS, _PART_SLOTS = 2, 4
-_PIECE = 2048  # queries whose state is set, or whose result is written, at once
+_PIECE = 4096  # queries whose state is set, or whose result is written, at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _scratch(plan: _Plan, H: int) -> list[Any]:
     return [
         pltpu.VMEM((1, queries), f32),
         pltpu.VMEM((8, queries), f32),
-        pltpu.VMEM((H + _sum_rows(plan), queries), f32),
+        pltpu.VMEM((H + (8 if plan.blocks.sums_on_mxu else 0), queries), f32),
         _slots(_CHUNK_SLOTS, k, q),
         _slots(_PART_SLOTS, plan.kv_part, plan.q_part),
         bound,
@@ -239,13 +239,6 @@ def _scratch(plan: _Plan, H: int) -> list[Any]:
 
 def _slots(n: int, k: int, q: int) -> _Slots:
     return _Slots(*(pltpu.VMEM((n, rows, q), jnp.float32) for rows in (k, 1, 1)))
-
-
-def _sum_rows(plan: _Plan) -> int:
-    """Rows of ones below the values, a whole tile of them."""
-    if not plan.blocks.sums_on_mxu:
-        return 0
-    return 16 if plan.dtype == jnp.bfloat16 else 8
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
@@ -278,11 +271,11 @@ def _in_pieces(plan: _Plan, do: Callable[[Any], None]) -> None:
 def _start(plan: _Plan, r: _Refs, at: Any) -> None:
     lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
     r.highest[:, at] = jnp.full((1, at.size), lowest, jnp.float32)
-    H, sum_rows = r.q.shape[1], _sum_rows(plan)
+    H = r.q.shape[1]
     r.total[:H, at] = jnp.zeros((H, at.size), jnp.float32)
     one = 1.0 if plan.sinks else 0.0
-    if sum_rows:
-        r.total[H:, at] = jnp.full((sum_rows, at.size), one, jnp.float32)
+    if plan.blocks.sums_on_mxu:
+        r.total[H:, at] = jnp.full((8, at.size), one, jnp.float32)
     else:
         r.sums[:, at] = jnp.full((8, at.size), one / 8, jnp.float32)
 
@@ -297,34 +290,34 @@ def _work(plan: _Plan, r: _Refs) -> None:
 
 
 def _pipelined(plan: _Plan, r: _Refs, todo: _List) -> None:
-    """The scores of each chunk beside the softmax of an earlier one, in large bodies and then in small ones.
+    """The softmax of each chunk beside the scores of a later one, in large bodies and then in small ones.
 
-    In front of the first chunk, and behind the last to fill its body, stand queries behind the block's, whose sums
-    nobody reads.
+    Behind the last chunk, to fill its body, stand queries behind the block's, whose sums nobody reads.
     """
     most = (plan.blocks.q // todo.q) * (plan.blocks.kv // todo.k)
     nobody = jnp.int32(masks.pack(plan.blocks.q // todo.q, 0))
     slots = todo.slots.scores.shape[0]
 
-    def body(first: Any, steps: int, n: Any, waiting: tuple[Any, ...]) -> tuple[Any, ...]:
+    def score(at: Any, slot: int) -> Any:
+        work = jnp.where(at < todo.count, r.work[0, todo.first + jnp.minimum(at, most - 1)], nobody)
+        _scores(plan, r, todo, work, slot)
+        return work
+
+    def body(first: Any, steps: int, n: Any, ahead: tuple[Any, ...]) -> tuple[Any, ...]:
         for m in range(steps):
-            at = first + n * steps + m
-            work = jnp.where(at < todo.count, r.work[0, todo.first + jnp.minimum(at, most - 1)], nobody)
-            _scores(plan, r, todo, work, m % slots)
-            _softmax(plan, r, todo, waiting[0], (m + 1) % slots)
-            waiting = (*waiting[1:], work)
-        return waiting
+            work = score(first + n * steps + m + slots - 1, (m - 1) % slots)
+            _softmax(plan, r, todo, ahead[0], m % slots)
+            ahead = (*ahead[1:], work)
+        return ahead
 
     @pl.when(todo.count > 0)
     def _() -> None:
-        waiting = (nobody,) * (slots - 1)
+        ahead = tuple(score(jnp.int32(n), n) for n in range(slots - 1))
         many = jax.lax.div(todo.count, jnp.int32(_STEPS))
         few = jax.lax.div(todo.count - many * _STEPS + (_FEW_STEPS - 1), jnp.int32(_FEW_STEPS))
         if most >= _STEPS:
-            waiting = jax.lax.fori_loop(0, many, functools.partial(body, 0, _STEPS), waiting)
-        waiting = jax.lax.fori_loop(0, few, functools.partial(body, many * _STEPS, _FEW_STEPS), waiting)
-        for slot, work in enumerate(waiting, 1):
-            _softmax(plan, r, todo, work, slot)
+            ahead = jax.lax.fori_loop(0, many, functools.partial(body, 0, _STEPS), ahead)
+        jax.lax.fori_loop(0, few, functools.partial(body, many * _STEPS, _FEW_STEPS), ahead)
 
 
 def _chunk(index: Any, length: int) -> Any:
@@ -394,10 +387,11 @@ def _softmax(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> None:
     p = jnp.exp2(todo.slots.scores[slot] - shift)
     v = jnp.transpose(r.v[_chunk(j, todo.k)])
     if plan.blocks.sums_on_mxu:
-        v = jnp.concatenate([v, jnp.ones((_sum_rows(plan), v.shape[1]), v.dtype)], axis=0)
+        v = jnp.concatenate([v, jnp.ones((16, v.shape[1]), v.dtype)], axis=0)  # a tile of bfloat16
     else:
         r.sums[:, q_at] = shrink * r.sums[:, q_at] + p.reshape(todo.k // 8, 8, todo.q).sum(0)
-    r.total[:, q_at] = shrink * r.total[:, q_at] + _dot(plan, v, p.astype(plan.dtype), 0)
+    rows = r.total.shape[0]
+    r.total[:, q_at] = shrink * r.total[:, q_at] + _dot(plan, v, p.astype(plan.dtype), 0)[:rows]
 
 
 def _finish(plan: _Plan, r: _Refs, at: Any) -> None:
