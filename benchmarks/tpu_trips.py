@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.kernels.flash_attention import pallas_tpu_backward, pallas_tpu_forward
-from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
 from lm_jax.kernels.flash_attention.implementation import Call
 from lm_jax.kernels.flash_attention.mask import AttentionMask
 from lm_jax.kernels.flash_attention.pallas_tpu_work import two_lists
@@ -34,24 +33,23 @@ def of_forward(mask: AttentionMask, blocks: Any, T: int, N: int, K: int) -> Trip
     del K
     kernel = pallas_tpu_forward
     b = kernel._fit(blocks, T, T)
-    i, j = b.q // b.q_chunk, b.kv // b.kv_chunk
-    work = np.asarray(masks.work_lists(mask, T, T, (b.q_chunk, b.kv_chunk), (i, j)))[0, :, :, 0]
-    partial, opened = work[..., 0], work[..., 1]
-    masked = partial + opened % kernel._OPEN_STEPS
-    starts = N * work.shape[0] * i
-    loops = [("start", starts)] if i > 1 else []
-    loops.append(("single", N * int((masked % 2).sum())))
-    if i * j >= 2:
-        loops.append(("pair", N * int((masked % kernel._MASKED_STEPS // 2).sum())))
-    if i * j >= kernel._MASKED_STEPS:
-        loops.append(("masked", N * int((masked // kernel._MASKED_STEPS).sum())))
-    if i * j >= kernel._OPEN_STEPS:
-        loops.append(("open", N * int((opened // kernel._OPEN_STEPS).sum())))
-    if i > 2:
-        loops.append(("finish", starts // 2))
-    area = b.q_chunk * b.kv_chunk / 2**20
-    tiles = {"open": ("open", area * kernel._OPEN_STEPS), "masked": ("masked", area * kernel._MASKED_STEPS)}
-    return Trips(loops, N * partial.size, tiles)
+    shape = jnp.zeros((1, T, N, 128), jnp.bfloat16)
+    plan = kernel._plan(Call(shape, shape, shape, mask, 1.0), b)
+    per = b.q // b.q_chunk, b.kv // b.kv_chunk
+    lists = two_lists(mask, T, T, (b.q_chunk, b.kv_chunk), (plan.q_part, plan.kv_part), per, kernel._FEW_STEPS)
+    work = np.asarray(lists)[0, :, :, 0]
+    parts, chunks = work[..., 0], work[..., 1]
+    pieces = b.q // int(np.gcd(b.q, kernel._PIECE))
+    starts = N * plan.q_steps * pieces
+    loops = [("start", starts)] if pieces > 1 else []
+    area = {"masked": plan.q_part * plan.kv_part, "open": b.q_chunk * b.kv_chunk}
+    for (name, size), n in zip(area.items(), (parts, chunks), strict=True):
+        if b.q * b.kv // size >= kernel._STEPS:
+            loops.append((name, N * int((n // kernel._STEPS).sum())))
+        loops.append((f"few {name}", N * int((-(-(n % kernel._STEPS) // kernel._FEW_STEPS)).sum())))
+    if pieces > 1:
+        loops.append(("finish", starts))
+    return Trips(loops, N * parts.size, {name: (name, kernel._STEPS * size / 2**20) for name, size in area.items()})
 
 
 def of_backward(mask: AttentionMask, blocks: Any, T: int, N: int, K: int) -> Trips:

@@ -2,19 +2,21 @@
 
 Scores are kept as keys x queries (`S^T = K Q^T`), the output as `O^T = V^T P^T`, so that the probabilities are pushed
 into the matrix unit as its weights and fill it. A grid step has a block of queries and one of keys in VMEM and works
-through a list of the live chunks in it, in any order, with exact online softmax (Milakov and Gimelshein 2018,
-arXiv:1805.02867; Dao 2023, arXiv:2307.08691): the state of every chunk of queries stays in VMEM. The scores of a chunk
+through lists of the live chunks in it, in any order, with exact online softmax (Milakov and Gimelshein 2018,
+arXiv:1805.02867; Dao 2023, arXiv:2307.08691): the state of every query stays in VMEM. The scores of a chunk
 are computed while the softmax of the chunk before runs, and pass through VMEM; their maximum is taken as they leave the
 matrix unit.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, H head dim; inside the kernel q queries and k keys
-of a chunk, i chunks of queries in a block.
+of a chunk.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,13 +28,18 @@ from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
 from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call
 from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
+from lm_jax.kernels.flash_attention.pallas_tpu_work import two_lists
 
 Array = jax.Array
 _LOWEST = -1e38  # where the maximum starts: finite, so that `-inf` less it is `-inf`
-# Chunks in the body of the loop over open chunks: a body fills and drains the matrix unit once, some 220 bundles (v6e,
-# head dim 128, a tile of 1024 x 1024: 1,836 bundles in bodies of 8 chunks, 1,781 in bodies of 16).
-_OPEN_STEPS = 16
-_MASKED_STEPS = 8  # and over those that are masked
+_PART = 256  # the side of the squares that partly open chunks are cut into
+# Chunks, or parts, in the bodies of the loops: a body fills and drains the matrix unit once, some 220 bundles (v6e,
+# head dim 128, a tile of 1024 x 1024: 1,836 bundles in bodies of 8 chunks, 1,784 in bodies of 16).
+_STEPS, _FEW_STEPS = 16, 4
+# Scores are computed so far ahead of their softmax that they fill all slots. A part is too short to hide its own
+# latency behind one other (v6e, causal and window: 16 parts take 2,970 bundles two ahead and 2,470 three ahead).
+_CHUNK_SLOTS, _PART_SLOTS = 2, 4
+_PIECE = 4096  # queries whose state is set, or whose result is written, at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +64,35 @@ class _Plan(NamedTuple):
 
     parts: masks.Parts
     group: int
-    q_chunks: int  # in a block
-    kv_steps: int  # of the grid
-    most_chunks: int  # that a step of the grid can have to compute
+    q_part: int
+    kv_part: int
+    q_steps: int  # of the grid
+    kv_steps: int
     blocks: ForwardBlocks
     query_factor: float
     soft_cap: float | None
     slopes: bool
     sinks: bool
     dtype: Any
+
+
+class _Slots(NamedTuple):
+    """Scores on their way to the softmax, one chunk a slot."""
+
+    scores: Any  # [slots, k, q]
+    shift: Any  # [slots, 1, q]: the maximum to take from these scores
+    shrink: Any  # [slots, 1, q]: what the sums before them shrink by
+
+
+class _List(NamedTuple):
+    """Chunks of one size to compute."""
+
+    first: int  # where they stand in the work
+    count: Any
+    q: int  # of a chunk
+    k: int
+    slots: _Slots
+    masked: bool
 
 
 class _Refs(NamedTuple):
@@ -81,14 +108,14 @@ class _Refs(NamedTuple):
     ids: tuple[Any, ...]
     out: Any
     lse: Any
-    highest: Any  # [i, 1, q]: the maximum so far, as far as scores are computed
-    sums: Any  # [i, 8, q]: of the probabilities, where lanes add them up
-    total: Any  # [i, H (+ sums), q]: of probabilities times values
-    scores: Any  # [2, k, q]
-    shift: Any  # [2, 1, q]: the maximum to take from these scores
-    shrink: Any  # [2, 1, q]: what the sums before them shrink by
-    low: Any  # [2, 1, q]: the first key that a query sees
-    high: Any  # [2, 1, q]: the end of those it sees, see `Bounds`
+    # The state of the block's queries, and of a chunk of no queries behind them, see `_pipelined`.
+    highest: Any  # [1, queries]: the maximum so far, as far as scores are computed
+    sums: Any  # [8, queries]: of the probabilities, where lanes add them up
+    total: Any  # [H (+ sums), queries]: of probabilities times values
+    chunks: _Slots
+    parts: _Slots
+    low: Any  # [slots, 1, q of a part]: the first key that a query sees
+    high: Any  # the same: the end of those it sees, see `Bounds`
     k_at: Any  # [k, 128]: the positions of a chunk's keys, from 0
 
 
@@ -113,19 +140,17 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
     k = jnp.swapaxes(call.k_BSKH.astype(plan.dtype), 1, 2)
     fill = -S % blocks.kv_chunk
     v = jnp.pad(jnp.transpose(call.v_BSKH.astype(plan.dtype), (0, 2, 1, 3)), ((0, 0), (0, 0), (0, fill), (0, 0)))
-    work = masks.work_lists(
-        call.mask, T, S, (blocks.q_chunk, blocks.kv_chunk), (plan.q_chunks, blocks.kv // blocks.kv_chunk)
-    )
-    work = jnp.asarray(work)
-    grid = (B, N, work.shape[1], plan.kv_steps)
-    ids = masks.segment_rows(call.mask, grid[2] * blocks.q, grid[3] * blocks.kv)
+    chunks, parts = (blocks.q_chunk, blocks.kv_chunk), (plan.q_part, plan.kv_part)
+    per = blocks.q // blocks.q_chunk, blocks.kv // blocks.kv_chunk
+    work = jnp.asarray(two_lists(call.mask, T, S, chunks, parts, per, _FEW_STEPS))
+    ids = masks.segment_rows(call.mask, plan.q_steps * blocks.q, plan.kv_steps * blocks.kv)
     slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
     sinks = jnp.zeros((1,)) if call.sinks_N is None else call.sinks_N
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=grid,
+            grid=(B, N, plan.q_steps, plan.kv_steps),
             in_specs=_in_specs(plan, H, work.shape),
             out_specs=[
                 pl.BlockSpec((None, None, blocks.q, H), lambda b, n, i, j, *_: (b, n, i, 0)),
@@ -157,14 +182,15 @@ def _up(n: int, multiple: int) -> int:
 
 
 def _plan(call: Call, blocks: ForwardBlocks) -> _Plan:
-    S = call.k_BSKH.shape[1]
+    T, S = call.q_BTNH.shape[1], call.k_BSKH.shape[1]
     narrow = all(a.dtype == jnp.bfloat16 for a in (call.q_BTNH, call.k_BSKH, call.v_BSKH))
     return _Plan(
         parts=masks.parts_of(call.mask, padded=S % blocks.kv_chunk != 0),
         group=call.group,
-        q_chunks=blocks.q // blocks.q_chunk,
+        q_part=math.gcd(blocks.q_chunk, _PART),
+        kv_part=math.gcd(blocks.kv_chunk, _PART),
+        q_steps=pl.cdiv(T, blocks.q),
         kv_steps=pl.cdiv(S, blocks.kv),
-        most_chunks=(blocks.q // blocks.q_chunk) * (blocks.kv // blocks.kv_chunk),
         blocks=blocks,
         query_factor=call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap,
         soft_cap=call.soft_cap,
@@ -196,27 +222,23 @@ def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...]) -> list[pl.Block
 
 
 def _scratch(plan: _Plan, H: int) -> list[Any]:
-    blocks = plan.blocks
-    i, q, k = plan.q_chunks, blocks.q_chunk, blocks.kv_chunk
-    f32 = jnp.float32
+    q, k = plan.blocks.q_chunk, plan.blocks.kv_chunk
+    f32, queries = jnp.float32, plan.blocks.q + q
+    bound = pltpu.VMEM((_PART_SLOTS, 1, plan.q_part), jnp.int32)
     return [
-        pltpu.VMEM((i, 1, q), f32),
-        pltpu.VMEM((i, 8, q), f32),
-        pltpu.VMEM((i, H + _sum_rows(plan), q), f32),
-        pltpu.VMEM((2, k, q), f32),
-        pltpu.VMEM((2, 1, q), f32),
-        pltpu.VMEM((2, 1, q), f32),
-        pltpu.VMEM((2, 1, q), jnp.int32),
-        pltpu.VMEM((2, 1, q), jnp.int32),
+        pltpu.VMEM((1, queries), f32),
+        pltpu.VMEM((8, queries), f32),
+        pltpu.VMEM((H + (8 if plan.blocks.sums_on_mxu else 0), queries), f32),
+        _slots(_CHUNK_SLOTS, k, q),
+        _slots(_PART_SLOTS, plan.kv_part, plan.q_part),
+        bound,
+        bound,
         pltpu.VMEM((k, LANES), jnp.int32),
     ]
 
 
-def _sum_rows(plan: _Plan) -> int:
-    """Rows of ones below the values, a whole tile of them."""
-    if not plan.blocks.sums_on_mxu:
-        return 0
-    return 16 if plan.dtype == jnp.bfloat16 else 8
+def _slots(n: int, k: int, q: int) -> _Slots:
+    return _Slots(*(pltpu.VMEM((n, rows, q), jnp.float32) for rows in (k, 1, 1)))
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
@@ -231,64 +253,71 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
     @pl.when(kv_step == 0)
     def _() -> None:
         r.k_at[...] = masks.columns(r.k_at.shape[0])
-        jax.lax.fori_loop(0, plan.q_chunks, lambda i, _: _start(plan, r, i), None)
+        _in_pieces(plan, lambda at: _start(plan, r, at))
 
     _work(plan, r)
 
     @pl.when(kv_step == plan.kv_steps - 1)
     def _() -> None:
-        jax.lax.fori_loop(0, plan.q_chunks, lambda i, _: _finish(plan, r, i), None, unroll=2)
+        _in_pieces(plan, lambda at: _finish(plan, r, at))
+
+
+def _in_pieces(plan: _Plan, do: Callable[[Any], None]) -> None:
+    """Over the queries of a block."""
+    piece = math.gcd(plan.blocks.q, _PIECE)
+    jax.lax.fori_loop(0, plan.blocks.q // piece, lambda n, _: do(_chunk(n, piece)), None)
+
+
+def _start(plan: _Plan, r: _Refs, at: Any) -> None:
+    lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
+    r.highest[:, at] = jnp.full((1, at.size), lowest, jnp.float32)
+    H = r.q.shape[1]
+    r.total[:H, at] = jnp.zeros((H, at.size), jnp.float32)
+    one = 1.0 if plan.sinks else 0.0
+    if plan.blocks.sums_on_mxu:
+        r.total[H:, at] = jnp.full((8, at.size), one, jnp.float32)
+    else:
+        r.sums[:, at] = jnp.full((8, at.size), one / 8, jnp.float32)
 
 
 def _work(plan: _Plan, r: _Refs) -> None:
-    """All chunks of the list: open ones in whole bodies from its end; the few left over go with the masked ones."""
-    partial, opened = r.work[0, 0], r.work[0, 1]
-    count = partial + opened
-    masked = partial + jax.lax.rem(opened, _OPEN_STEPS)
-    singles = jax.lax.rem(masked, 2)
-    pairs = singles + jax.lax.rem(masked - singles, _MASKED_STEPS)
-    jax.lax.fori_loop(0, singles, lambda n, _: _single(plan, r, n), None)
+    """All chunks of the lists."""
+    blocks = plan.blocks
+    parts_in_block = (blocks.q // plan.q_part) * (blocks.kv // plan.kv_part)
+    _pipelined(plan, r, _List(2, r.work[0, 0], plan.q_part, plan.kv_part, r.parts, True))
+    first = 2 + parts_in_block
+    _pipelined(plan, r, _List(first, r.work[0, 1], blocks.q_chunk, blocks.kv_chunk, r.chunks, False))
 
-    @pl.when(count > singles)
+
+def _pipelined(plan: _Plan, r: _Refs, todo: _List) -> None:
+    """The softmax of each chunk beside the scores of a later one, in large bodies and then in small ones.
+
+    Behind the last chunk, to fill its body, stand queries behind the block's, whose sums nobody reads.
+    """
+    most = (plan.blocks.q // todo.q) * (plan.blocks.kv // todo.k)
+    nobody = jnp.int32(masks.pack(plan.blocks.q // todo.q, 0))
+    slots = todo.slots.scores.shape[0]
+
+    def score(at: Any, slot: int) -> Any:
+        work = jnp.where(at < todo.count, r.work[0, todo.first + jnp.minimum(at, most - 1)], nobody)
+        _scores(plan, r, todo, work, slot)
+        return work
+
+    def body(first: Any, steps: int, n: Any, ahead: tuple[Any, ...]) -> tuple[Any, ...]:
+        for m in range(steps):
+            work = score(first + n * steps + m + slots - 1, (m - 1) % slots)
+            _softmax(plan, r, todo, ahead[0], m % slots)
+            ahead = (*ahead[1:], work)
+        return ahead
+
+    @pl.when(todo.count > 0)
     def _() -> None:
-        r.scores[1] = jnp.full(r.scores.shape[1:], -jnp.inf, jnp.float32)
-        r.shift[1] = jnp.zeros(r.shift.shape[1:], jnp.float32)
-        r.shrink[1] = jnp.ones(r.shrink.shape[1:], jnp.float32)
-        before, first = jnp.int32(0), singles
-        for steps, end, mask in ((2, pairs, True), (_MASKED_STEPS, masked, True), (_OPEN_STEPS, count, False)):
-            body = functools.partial(_steps, plan, r, first, steps, mask)
-            if steps <= plan.most_chunks:
-                before = jax.lax.fori_loop(0, jax.lax.div(end - first, steps), body, before)
-            first = end
-        _softmax(plan, r, before, 1)
-
-
-def _start(plan: _Plan, r: _Refs, i: Any) -> None:
-    lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
-    r.highest[i] = jnp.full(r.highest.shape[1:], lowest, jnp.float32)
-    H, sum_rows = r.q.shape[1], _sum_rows(plan)
-    r.total[i] = jnp.zeros(r.total.shape[1:], jnp.float32)
-    one = 1.0 if plan.sinks else 0.0
-    if sum_rows:
-        r.total[i, pl.ds(H, sum_rows)] = jnp.full((sum_rows, r.total.shape[2]), one, jnp.float32)
-    else:
-        r.sums[i] = jnp.full(r.sums.shape[1:], one / 8, jnp.float32)
-
-
-def _steps(plan: _Plan, r: _Refs, first: Any, steps: int, masked: bool, body: Any, before: Any) -> Any:
-    """Scores of some chunks of the list, each followed by the softmax of the chunk before, which is handed on."""
-    for n in range(steps):
-        work = r.work[0, 2 + first + body * steps + n]
-        _scores(plan, r, work, n % 2, masked)
-        _softmax(plan, r, before, (n + 1) % 2)
-        before = work
-    return before
-
-
-def _single(plan: _Plan, r: _Refs, n: Any) -> None:
-    work = r.work[0, 2 + n]
-    _scores(plan, r, work, 0, True)
-    _softmax(plan, r, work, 0)
+        ahead = tuple(score(jnp.int32(n), n) for n in range(slots - 1))
+        many = jax.lax.div(todo.count, jnp.int32(_STEPS))
+        few = jax.lax.div(todo.count - many * _STEPS + (_FEW_STEPS - 1), jnp.int32(_FEW_STEPS))
+        if most >= _STEPS:
+            ahead = jax.lax.fori_loop(0, many, functools.partial(body, 0, _STEPS), ahead)
+        jax.lax.fori_loop(0, few, functools.partial(body, many * _STEPS, _FEW_STEPS), ahead)
 
 
 def _chunk(index: Any, length: int) -> Any:
@@ -301,33 +330,34 @@ def _dot(plan: _Plan, a: Array, b: Array, contract: int) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _scores(plan: _Plan, r: _Refs, work: Any, slot: int, masked: bool) -> None:
+def _scores(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> None:
     """The scores of a chunk, in powers of two, and the maximum they move."""
-    i, j = masks.unpack(work)
-    k_at, q_at = _chunk(j, plan.blocks.kv_chunk), _chunk(i, plan.blocks.q_chunk)
-    scores = _dot(plan, r.k[k_at], r.q[q_at], 1)
+    own, j = masks.unpack(work)
+    i = jnp.minimum(own, plan.blocks.q // todo.q - 1)
+    scores = _dot(plan, r.k[_chunk(j, todo.k)], r.q[_chunk(i, todo.q)], 1)
     if plan.soft_cap is not None:
         scores = (plan.soft_cap * LOG2E) * jnp.tanh(scores)
-    scores = _with_positions(plan, r, scores, i, j, masked, slot)
-    r.scores[slot] = scores
-    before = r.highest[i]
+    scores = _with_positions(plan, r, todo, scores, i, j, slot)
+    todo.slots.scores[slot] = scores
+    q_at = _chunk(own, todo.q)
+    before = r.highest[:, q_at]
     highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-    r.highest[i] = highest
-    r.shift[slot] = highest
-    r.shrink[slot] = jnp.exp2(before - highest)
+    r.highest[:, q_at] = highest
+    todo.slots.shift[slot] = highest
+    todo.slots.shrink[slot] = jnp.exp2(before - highest)
 
 
-def _with_positions(plan: _Plan, r: _Refs, scores_kq: Array, i: Any, j: Any, masked: bool, slot: int) -> Array:
+def _with_positions(plan: _Plan, r: _Refs, todo: _List, scores_kq: Array, i: Any, j: Any, slot: int) -> Array:
     """The bias added, and `-inf` where a query does not see a key."""
     blocks, b = plan.blocks, pl.program_id(0)
-    k, q = scores_kq.shape
+    q, k = todo.q, todo.k
     k_first = pl.program_id(3) * blocks.kv + j * k
     q_first = r.scalars[b, masks.Q_OFFSET] + pl.program_id(2) * blocks.q + i * q
-    q_at, k_at = (q_first - k_first) + masks.row(q), masks.widen(r.k_at[...], q)  # from the first key
+    q_at, k_at = (q_first - k_first) + masks.row(q), masks.widen(r.k_at[:k], q)  # from the first key
     if plan.slopes:
         slope = r.slopes[pl.program_id(1)] * LOG2E
         scores_kq -= slope * jnp.abs(q_at - k_at).astype(jnp.float32)
-    if not masked:
+    if not todo.masked:
         return scores_kq
     ids: tuple[Array, ...] = ()
     if plan.parts.segments:
@@ -349,26 +379,26 @@ def _kept(ref: Any, slot: int, row: Array | None) -> Array | None:
     return ref[slot]
 
 
-def _softmax(plan: _Plan, r: _Refs, work: Any, slot: int) -> None:
+def _softmax(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> None:
     """Probabilities of the scores in a slot, and what they add to the sums."""
     i, j = masks.unpack(work)
-    shrink = r.shrink[slot]
-    p = jnp.exp2(r.scores[slot] - r.shift[slot])
-    v = jnp.transpose(r.v[_chunk(j, plan.blocks.kv_chunk)])
+    q_at = _chunk(i, todo.q)
+    shift, shrink = todo.slots.shift[slot], todo.slots.shrink[slot]
+    p = jnp.exp2(todo.slots.scores[slot] - shift)
+    v = jnp.transpose(r.v[_chunk(j, todo.k)])
     if plan.blocks.sums_on_mxu:
-        v = jnp.concatenate([v, jnp.ones((_sum_rows(plan), v.shape[1]), v.dtype)], axis=0)
+        v = jnp.concatenate([v, jnp.ones((16, v.shape[1]), v.dtype)], axis=0)  # a tile of bfloat16
     else:
-        r.sums[i] = shrink * r.sums[i] + p.reshape(p.shape[0] // 8, 8, p.shape[1]).sum(0)
-    r.total[i] = shrink * r.total[i] + _dot(plan, v, p.astype(plan.dtype), 0)
+        r.sums[:, q_at] = shrink * r.sums[:, q_at] + p.reshape(todo.k // 8, 8, todo.q).sum(0)
+    rows = r.total.shape[0]
+    r.total[:, q_at] = shrink * r.total[:, q_at] + _dot(plan, v, p.astype(plan.dtype), 0)[:rows]
 
 
-def _finish(plan: _Plan, r: _Refs, i: Any) -> None:
-    at = _chunk(i, plan.blocks.q_chunk)
+def _finish(plan: _Plan, r: _Refs, at: Any) -> None:
     H = r.q.shape[1]
-    total = r.total[i]
-    sums = total[H : H + 1] if plan.blocks.sums_on_mxu else r.sums[i].sum(0, keepdims=True)
+    sums = r.total[H : H + 1, at] if plan.blocks.sums_on_mxu else r.sums[:, at].sum(0, keepdims=True)
     some = sums != 0  # a NaN stays one
     inside = jnp.where(some, sums, 1)
-    out = jnp.where(some, total[:H] / inside, 0)
-    r.out[at] = jnp.transpose(out).astype(r.out.dtype)
-    r.lse[:, at] = jnp.where(some, (r.highest[i] + jnp.log2(inside)) * (1 / LOG2E), -jnp.inf)
+    out = jnp.where(some, r.total[:H, at] * (1 / inside), 0)
+    r.out[at] = jnp.transpose(out.astype(r.out.dtype))
+    r.lse[:, at] = jnp.where(some, (r.highest[:, at] + jnp.log2(inside)) * (1 / LOG2E), -jnp.inf)

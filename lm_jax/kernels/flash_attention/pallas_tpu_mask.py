@@ -1,22 +1,19 @@
-"""What the TPU kernels share about the mask: its operands, how it looks on a chunk of scores, and the list of chunks.
+"""What the TPU kernels share about the mask: its operands, and how it looks on a chunk of scores.
 
 On a chunk, positions stand as a row (along lanes) for the one side and as columns (down sublanes) for the other; all
 that depends on the query alone is computed on its small shape, so that a score costs one comparison a bound.
 
-Shapes: B batch, T queries, S keys, I and J chunks of queries and of keys, X blocks of a grid.
+Shapes: B batch, T queries, S keys.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lm_jax.kernels.flash_attention.mask import AttentionMask, Pattern
-from lm_jax.kernels.flash_attention.schedule import DEAD, live_tiles, tile_kinds
 
 Array = jax.Array
 LANES = 128
@@ -156,30 +153,6 @@ def _both(a: Array | None, b: Array | None) -> Array | None:
     if a is None or b is None:
         return b if a is None else a
     return a & b
-
-
-def work_lists(mask: AttentionMask, T: int, S: int, chunks: tuple[int, int], per: tuple[int, int]) -> Any:
-    """The chunks that each block of the kernel's grid has to compute.
-
-    Args:
-      chunks: queries and keys of a chunk; where the keys do not fill theirs, `kv_length` must hide what is added.
-      per: chunks of queries and of keys in a block.
-
-    Returns:
-      `[B or 1, X, X', 1, 2 + I * J]` int32 for X blocks of queries and X' of keys: how many chunks are partly open, how
-      many open, then `pack(i, j)` of the partly open ones, of the open ones, and of the rest. In numpy where the mask
-      is static.
-    """
-    if S % chunks[1]:
-        mask = dataclasses.replace(mask, kv_length=_at_most(mask.kv_length, S))
-    kinds = tile_kinds(mask, T, S + -S % chunks[1], *chunks)
-    xp = np if isinstance(kinds, np.ndarray) else jnp
-    B, rows, cols = kinds.shape
-    kinds = xp.pad(kinds, ((0, 0), (0, -rows % per[0]), (0, -cols % per[1])), constant_values=DEAD)
-    x, y = kinds.shape[1] // per[0], kinds.shape[2] // per[1]
-    kinds = xp.swapaxes(kinds.reshape(B, x, per[0], y, per[1]), 2, 3).reshape(B, x, y, per[0] * per[1])
-    counts, order = live_tiles(kinds)
-    return xp.concatenate([counts, pack(order // per[1], order % per[1])], -1)[:, :, :, None]
 
 
 def pack(i: Any, j: Any) -> Any:

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_jax.kernels.flash_attention import AttentionMask
+from lm_jax.kernels.flash_attention import AttentionMask, pallas_tpu_forward, reference
+from lm_jax.kernels.flash_attention.implementation import Call
 from tests.kernels.flash_attention.cases import (
     MASKS,
     OPTIONS,
@@ -106,6 +107,21 @@ def test_tpu_with_every_head_dim_and_dtype(H: int, dtype: Any) -> None:
 
 def test_tpu_in_bfloat16() -> None:
     check_tpu(SHORT, MASKS["segments"], dtype=jnp.bfloat16, tolerance=TOLERANCE[jnp.bfloat16])
+
+
+@pytest.mark.parametrize("window", [slow_unless(False, None), 300])
+def test_tpu_forward_cuts_chunks_into_parts(window: int | None) -> None:
+    """Chunks longer than their parts, as on the chips; open ones in small bodies, and keys and queries left over."""
+    a = {n: jnp.asarray(x, jnp.float32) for n, x in arguments(Shape(B=1, T=1400, S=1400, N=1, K=1, H=8)).items()}
+    ids = jnp.arange(1400)[None] // 1300
+    mask = AttentionMask(causal=False, window=window, q_segment_ids=ids, kv_segment_ids=ids)
+    call = Call(a["q"], a["k"], a["v"], mask, 0.3)
+    out, lse = pallas_tpu_forward.forward(
+        call, pallas_tpu_forward.ForwardBlocks(1024, 1536, 512, 512, True), interpret=True
+    )
+    want, want_lse = reference.attend(call)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6)
 
 
 # --- what numbers can do ---------------------------------------------------------------------------------------------
