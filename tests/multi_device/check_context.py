@@ -1,10 +1,10 @@
 """Attention whose length is split over devices, by a ring and by all-to-alls, against one device: values and gradients;
-and what of it goes over the wires. Its argument: `values` or `wires`."""
+and what of it goes over the wires. Its argument: `some` or `all` of the values, or `wires`."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import math
 import re
 import sys
@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
 
 from lm_jax.kernels.flash_attention import AttentionMask, DistanceTable, Slopes, flash_attention
 from lm_jax.kernels.flash_attention.ring import ring_order
-from lm_jax.sharding import MeshConfig, constrain
+from lm_jax.sharding import MeshConfig, constrain, partition
 from tests.multi_device import layouts
 
 Arrays = dict[str, Any]
@@ -141,14 +143,25 @@ def check(c: Case, contexts: tuple[str, ...], dtype: Any, tolerance: float, conf
             print(" ".join(f"{a}={n}" for a, n in dataclasses.asdict(config).items()), context, worst, flush=True)
 
 
-def values() -> None:
+BOTH = ("ring", "all_to_all")
+
+
+def some() -> None:
+    """A case a layout, each with much in it."""
+    check(CASES["segments, sinks, slopes"], BOTH, np.float32, 2e-6, LAYOUTS[:1])
+    check(CASES["table, soft cap, few key heads"], BOTH, np.float32, 2e-6, LAYOUTS[1:2])
+    check(CASES["narrow window"], ("ring",), np.float32, 2e-6, LAYOUTS[2:])
+    with jax.enable_x64(True):
+        check(CASES["segments, sinks, slopes"], BOTH, np.float64, 1e-12, LAYOUTS[1:2])
+
+
+def everything() -> None:
     for name, c in CASES.items():
         print(name)
-        check(c, ("ring", "all_to_all"), np.float32, 2e-6, LAYOUTS if c.implementation is None else LAYOUTS[1:2])
+        check(c, BOTH, np.float32, 2e-6, LAYOUTS if c.implementation is None else LAYOUTS[1:2])
     with jax.enable_x64(True):
-        print("float64")
-        check(CASES["segments, sinks, slopes"], ("ring", "all_to_all"), np.float64, 1e-12, LAYOUTS[:2])
         check(CASES["narrow window"], ("ring",), np.float64, 1e-12, LAYOUTS[1:2])
+        check(CASES["not causal"], ("ring",), np.float64, 1e-12, LAYOUTS[1:2])
 
 
 # --- what goes over the wires ----------------------------------------------------------------------------------------
@@ -161,6 +174,54 @@ def permutes(jaxpr: Any, times: int = 1) -> list[tuple[int, int, int]]:
         if eqn.primitive.name == "ppermute":
             found += [(times, v.aval.size * v.aval.dtype.itemsize, v.aval.ndim) for v in eqn.invars]
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in jaxprs_in_params(eqn.params):
             found += permutes(sub, inner)
     return found
+
+
+def compiled(config: MeshConfig, c: Case, context: str) -> tuple[Any, str]:
+    """The jaxpr of value and gradients, and the text of the compiled program."""
+    mesh = layouts.mesh_of(config)
+    with jax.set_mesh(mesh):
+        arrays = arguments(c, np.float32, c.K)
+        placed = {n: jax.device_put(x, NamedSharding(mesh, partition(*NAMES[n]))) for n, x in arrays.items()}
+        traced = jax.jit(value_and_gradients, static_argnums=(1, 2)).trace(placed, c, context)
+        return traced.jaxpr.jaxpr, traced.lower().compile().as_text()
+
+
+def check_ring(config: MeshConfig, c: Case, steps: int) -> None:
+    """Forward, keys and values go `steps - 1` times; backward as often again, and their gradients once more."""
+    jaxpr, program = compiled(config, c, "ring")
+    keys = B * T * c.K * H * 4 // (config.data * config.sequence * config.tensor)
+    want = collections.Counter({(4, keys): 2 * (steps - 1) * 2 + 2 * steps})
+    if c.segments:
+        want[2, B * T * 4 // (config.data * config.sequence)] = 2 * (steps - 1)
+    got: collections.Counter[tuple[int, int]] = collections.Counter()
+    for times, size, rank in permutes(jaxpr):
+        got[rank, size] += times
+    assert got == want, (config, c, got, want)
+    assert not re.search(r"all-gather|all-to-all", program), (config, c)
+
+
+def check_all_to_all(config: MeshConfig, c: Case) -> None:
+    """Queries, keys, values and the outcome go once, and so do their gradients; nothing of their size is gathered."""
+    _, program = compiled(config, c, "all_to_all")
+    moved = [line for line in program.splitlines() if re.search(r" all-to-all(-start)?\(", line)]
+    whole = [line for line in moved if re.search(rf",{H}\]", line)]
+    assert len(whole) == 8 and len(moved) == 10, (config, c, moved)  # the others: the log-sum-exp and its gradient
+    for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather", program):
+        size = math.prod(int(d) for d in shape.split(","))
+        assert size < B * T * H, f"{config}: gathers {shape}"  # segment ids, the table's gradient
+
+
+def wires() -> None:
+    check_ring(LAYOUTS[0], CASES["causal"], 8)
+    check_ring(LAYOUTS[1], Case(segments=True), 4)
+    check_ring(LAYOUTS[2], CASES["narrow window"], 2)
+    check_all_to_all(LAYOUTS[1], CASES["segments, sinks, slopes"])
+    check_all_to_all(LAYOUTS[0], CASES["table, soft cap, few key heads"])
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 8
+    {"some": some, "all": everything, "wires": wires}[sys.argv[1]]()

@@ -62,7 +62,7 @@ def _backward(call: Call, out: Array, lse: Array, _: None, d_out: Array, d_lse: 
     statics, operands = split(call)
 
     def part(*moving: Any) -> tuple[Array, Array]:
-        return attend(statics.join(Operands(*moving, operands.mask)))
+        return attend(statics.join(Operands._make((*moving, operands.mask))))
 
     (out_i, lse_i), pull = jax.vjp(part, *operands[:-1])
     weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse_i - jnp.where(lse == -jnp.inf, 0, lse)))

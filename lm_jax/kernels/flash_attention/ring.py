@@ -127,6 +127,14 @@ class Part(NamedTuple):
     causal: bool
     own: bool  # where the sinks enter: once a query
 
+    @property
+    def places(self) -> tuple[Any, Any, Any]:
+        return self.queries.start, self.keys.start, self.distance
+
+    def at(self, query: Any, key: Any, distance: Any) -> Part:
+        queries, keys = self.queries._replace(start=query), self.keys._replace(start=key)
+        return self._replace(queries=queries, keys=keys, distance=distance)
+
 
 class _Keys(NamedTuple):
     """What travels."""
@@ -163,6 +171,16 @@ def parts_of(mask: AttentionMask, T: int, n: int, me: Any, step: Any, by_distanc
     # the early chunk here sees the sender's early one instead. One call for both, so that all devices do the same.
     which = Span(jnp.where(sender < me, 0, size), size)
     return Part(late, early, apart, False, False), Part(which, which, abs(me - sender) * size, False, False)
+
+
+def _each(parts: tuple[Part, ...], compute: Callable[[Part, Any], Any], sums: Any) -> Any:
+    """`sums = compute(part, sums)` for every part; as a loop where they differ in their places alone, so that kernels,
+    which take long to compile, stand once in the program."""
+    first = parts[0]
+    if len({(part.queries.size, part.keys.size, part.causal, part.own) for part in parts}) > 1 or len(parts) == 1:
+        return functools.reduce(lambda sums, part: compute(part, sums), parts, sums)
+    places = [jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*(part.places for part in parts), strict=True)]
+    return jax.lax.scan(lambda sums, at: (compute(first.at(*at), sums), None), sums, places)[0]
 
 
 def _call_of(call: Call, keys: _Keys, part: Part) -> Call:
@@ -244,15 +262,16 @@ def _forward(implementation: Implementation, call: Call) -> tuple[Array, Array, 
     assert implementation.forward is not None
     forward, ring, dtype = implementation.forward, _Ring.of(call), _sums_dtype(call)
 
-    def compute(step: Any, keys: _Keys, sums: _Sums) -> _Sums:
-        for part in ring.parts(step):
-            out, lse, _ = forward(_call_of(call, keys, part))
-            here = _Sums(*(part.queries.of(x) for x in sums)).merged(_Sums(out.astype(dtype), lse.astype(dtype)))
-            sums = _Sums(*(part.queries.put(x, y) for x, y in zip(sums, here, strict=True)))
-        return sums
+    def compute(keys: _Keys, part: Part, sums: _Sums) -> _Sums:
+        out, lse, _ = forward(_call_of(call, keys, part))
+        here = _Sums(*(part.queries.of(x) for x in sums)).merged(_Sums(out.astype(dtype), lse.astype(dtype)))
+        return _Sums(*(part.queries.put(x, y) for x, y in zip(sums, here, strict=True)))
+
+    def step(s: Any, keys: _Keys, sums: _Sums) -> _Sums:
+        return _each(ring.parts(s), functools.partial(compute, keys), sums)
 
     nothing = jnp.zeros_like(call.q_BTNH, dtype)
-    out, lse = ring.go(compute, _Sums(nothing, nothing[..., 0] - jnp.inf))
+    out, lse = ring.go(step, _Sums(nothing, nothing[..., 0] - jnp.inf))
     return out.astype(call.q_BTNH.dtype), lse, None
 
 
@@ -263,26 +282,27 @@ def _backward(
     backward, ring, dtype = implementation.backward, _Ring.of(call), _sums_dtype(call)
     of_queries = out, lse, d_out, d_lse
 
-    def compute(step: Any, keys: _Keys, sums: Gradients) -> Gradients:
-        if not isinstance(step, int) or step > 0:
+    def compute(keys: _Keys, part: Part, sums: Gradients) -> Gradients:
+        out, lse, d_out, d_lse = (part.queries.of(x) for x in of_queries)
+        more = backward(_call_of(call, keys, part), out, lse, None, d_out, d_lse)
+        return Gradients(
+            part.queries.add(sums.q_BTNH, more.q_BTNH),
+            part.keys.add(sums.k_BSKH, more.k_BSKH),
+            part.keys.add(sums.v_BSKH, more.v_BSKH),
+            _sum(sums.position_bias, more.position_bias),
+            _sum(sums.sinks_N, more.sinks_N),
+        )
+
+    def step(s: Any, keys: _Keys, sums: Gradients) -> Gradients:
+        if not isinstance(s, int) or s > 0:
             dk, dv = send_on((sums.k_BSKH, sums.v_BSKH), "length")  # after the keys that they belong to
             sums = sums._replace(k_BSKH=dk, v_BSKH=dv)
-        for part in ring.parts(step):
-            out, lse, d_out, d_lse = (part.queries.of(x) for x in of_queries)
-            more = backward(_call_of(call, keys, part), out, lse, None, d_out, d_lse)
-            sums = Gradients(
-                part.queries.add(sums.q_BTNH, more.q_BTNH),
-                part.keys.add(sums.k_BSKH, more.k_BSKH),
-                part.keys.add(sums.v_BSKH, more.v_BSKH),
-                _sum(sums.position_bias, more.position_bias),
-                _sum(sums.sinks_N, more.sinks_N),
-            )
-        return sums
+        return _each(ring.parts(s), functools.partial(compute, keys), sums)
 
     # In the order of `Gradients`; a part without sinks has no gradient of them.
     bias = None if call.position_bias is None else jax.tree.leaves(call.position_bias)[0]
     like = Gradients(call.q_BTNH, call.k_BSKH, call.v_BSKH, bias, call.sinks_N)
-    sums = ring.go(compute, jax.tree.map(lambda x: jnp.zeros_like(x, dtype), like))
+    sums = ring.go(step, jax.tree.map(lambda x: jnp.zeros_like(x, dtype), like))
     dk, dv = send_on((sums.k_BSKH, sums.v_BSKH), "length", 1 - ring.steps)  # home again
     sums = sums._replace(k_BSKH=dk, v_BSKH=dv)
     return jax.tree.map(lambda sum_, x: sum_.astype(x.dtype), sums, like)
