@@ -38,7 +38,6 @@ from lm_jax.kernels.flash_attention.mask import AttentionMask
 from lm_jax.sharding import axis_size, part_index, send_on
 
 Array = jax.Array
-_UNROLLED = 4  # steps, up to which they are written out; of more, the middle ones are a loop
 
 
 # ------------------------------------------------------------------------------------------------------------ the order
@@ -233,7 +232,7 @@ class _Ring(NamedTuple):
         if self.steps > 1:
             carry, _ = step(carry, 0)
         if self.steps > 2:
-            carry, _ = jax.lax.scan(step, carry, jnp.arange(1, self.steps - 1), unroll=self.steps <= _UNROLLED)
+            carry, _ = jax.lax.scan(step, carry, jnp.arange(1, self.steps - 1))
         return compute(self.steps - 1, *carry)
 
 
