@@ -33,6 +33,8 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "context_heads": ("tensor", "sequence"),  # of attention whose length is whole, its heads shared out further
+    "context_kv_heads": ("tensor", "sequence"),
     "feed_forward": ("tensor",),
     "head_dim": (),
     # weights
@@ -231,6 +233,15 @@ def _is_names(x: Any) -> bool:
 def part_index(name: str) -> jax.Array:
     """Inside `on_each_device`: which part of a dimension with this logical name the device has."""
     return jax.lax.axis_index(TABLE[name])
+
+
+def send_on(tree: Any, name: str, hops: int = 1) -> Any:
+    """Inside `on_each_device`: the arrays of the device that stands `hops` before this one along a dimension with this
+    logical name; the first one stands behind the last one."""
+    axes = TABLE[name]
+    parts = jax.lax.axis_size(axes)
+    pairs = [(i, (i + hops) % parts) for i in range(parts)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, axes, pairs), tree)
 
 
 def abstract(specs: Tree, mesh: Mesh | AbstractMesh, dtype: Any = np.float32) -> Tree:

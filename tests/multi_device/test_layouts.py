@@ -15,9 +15,12 @@ HERE = Path(__file__).parent
         ("step", ["SOME"]),
         pytest.param("step", ["OTHERS"], marks=pytest.mark.slow),
         ("attention", []),
+        ("context", ["some"]),
+        pytest.param("context", ["all"], marks=pytest.mark.slow),
+        ("context", ["wires"]),
         ("cross_entropy", []),
         ("generation", []),
     ],
 )
 def test_eight_devices_equal_one(check: str, arguments: list[str]) -> None:
-    run_python(HERE / f"check_{check}.py", *arguments, devices=8)
+    run_python(HERE / f"check_{check}.py", *arguments, devices=8, timeout=900 if arguments == ["all"] else 300)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lm_jax.kernels.flash_attention import cudnn, pallas_tpu, reference, xla
+from lm_jax.kernels.flash_attention import cudnn, pallas_tpu, reference, ring, xla
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Implementation, Operands, Statics, split
 from lm_jax.kernels.flash_attention.mask import AttentionMask
-from lm_jax.sharding import axis_size, on_each_device, on_one_device, part_index, platform
+from lm_jax.sharding import (
+    axis_size,
+    constrain,
+    merge_dims,
+    on_each_device,
+    on_one_device,
+    part_index,
+    platform,
+    split_dim,
+)
 
 Array = jax.Array
 
@@ -28,6 +38,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 # Which are tried by default on a platform, the first that can serve a call taking it.
 DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}
 _ELSEWHERE = ("xla",)
+CONTEXTS = ("gather", "ring", "all_to_all")
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
@@ -43,6 +54,7 @@ def flash_attention(
     sinks_N: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    context: str = "gather",
 ) -> Any:
     """`softmax(soft_cap * tanh(q k^T * scale / soft_cap) + bias) v` over the keys that the mask lets a query see.
 
@@ -61,6 +73,10 @@ def flash_attention(
       sinks_N: a logit a head that takes its share of the softmax and gives nothing.
       return_lse: whether to give the logarithm of the softmax's denominator as well.
       implementation: one of `IMPLEMENTATIONS`; None: the first that can serve the call on this platform.
+      context: how devices that share the length (mesh axis `sequence`) come to see all of it. `gather`: each gets all
+        keys and values. `ring`: those of one device at a time (Liu et al. 2023, arXiv:2310.01889); what stands along
+        the length must stand in `ring.ring_order`. `all_to_all`: each gets the whole length of some of the heads
+        (Jacobs et al. 2023, arXiv:2309.14509).
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries, zeros for a query that sees nothing. With `return_lse`, also
@@ -69,8 +85,9 @@ def flash_attention(
 
     Raises:
       ValueError: for shapes, dtypes, head counts and parts of the mask that do not fit each other, and for a named
-        implementation that cannot serve the call.
+        implementation or context that cannot serve the call.
     """
+    _require(context in CONTEXTS, f"context is {context!r}: use one of {', '.join(CONTEXTS)}")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
     call = Call(q_BTNH, k_BSKH, v_BSKH, _with_integers(mask), scale, soft_cap, position_bias, sinks_N, return_lse)
@@ -78,7 +95,7 @@ def flash_attention(
     call = call._replace(mask=_in_int32(call.mask))
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}, or None")
-    return _on_the_mesh(call, implementation)
+    return _on_the_mesh(call, implementation, context)
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
@@ -191,16 +208,21 @@ def _tell(where: str, name: str, reasons: tuple[str, ...]) -> None:
 # --- over the mesh ---------------------------------------------------------------------------------------------------
 
 
-def _on_the_mesh(call: Call, name: str | None) -> Any:
-    """Each device computes its own rows, heads and queries; keys are whole in length."""
+def _on_the_mesh(call: Call, name: str | None, context: str) -> Any:
+    """Each device computes its own rows, heads and queries; who sees which keys is `context`'s business."""
     if on_one_device():
         return _answer(call, name)
-    return _each_part(*split(call), name)
+    return _each_part(*split(call), name, context)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
-def _each_part(statics: Statics, operands: Operands, name: str | None) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+def _each_part(statics: Statics, operands: Operands, name: str | None, context: str) -> Any:
     """Compiled once for the same call, as each implementation is, also where the caller has no jit."""
+    call = statics.join(operands)
+    if axis_size("sequence") > 1 and context == "ring":
+        return _in_a_ring(call, name)
+    if axis_size("sequence") > 1 and context == "all_to_all":
+        return _over_more_heads(call, name)
     queries_are_split = axis_size("sequence") > 1
 
     def one_device(a: Operands) -> Any:
@@ -210,26 +232,75 @@ def _each_part(statics: Statics, operands: Operands, name: str | None) -> Any:
             here = here._replace(mask=dataclasses.replace(here.mask, q_offset=here.mask.q_offset + first))
         return _answer(here, name)
 
-    rows = ("batch", "length", "heads")
-    out = (*rows, "head_dim")
-    return on_each_device(
-        one_device, (operands,), (_names(statics, operands),), (out, rows) if statics.return_lse else out
-    )
+    return _on_each_device(one_device, call, ("length", "key_length", "heads", "kv_heads"))
+
+
+def _in_a_ring(call: Call, name: str | None) -> Any:
+    """Queries and keys split over `length`."""
+    why = ring.refuses(call, axis_size("sequence"))
+    _require(why is None, f"context 'ring' cannot serve this call: {why}")
+    statics, _ = split(call)
+
+    def one_device(a: Operands) -> Any:
+        here = statics.join(a)
+        # Parts are merged by their log-sum-exp, so who computes them must give it.
+        out, lse = ring.attend(choose(here._replace(return_lse=True), name))(here)
+        return (out, lse) if call.return_lse else out
+
+    return _on_each_device(one_device, call, ("length", "length", "heads", "kv_heads"))
+
+
+def _over_more_heads(call: Call, name: str | None) -> Any:
+    """The length whole, and heads split over `sequence` as well; the outcome goes back to where the queries were."""
+    N, K, tensor, sequence = call.q_BTNH.shape[2], call.k_BSKH.shape[2], axis_size("tensor"), axis_size("sequence")
+    devices = tensor * sequence
+    if N % devices:
+        near = min((d for d in range(1, N + 1) if N % (tensor * d) == 0), key=lambda d: abs(d - sequence), default=None)
+        advice = f"use {near * devices // sequence} of them (mesh.sequence={near})" if near else "change mesh.tensor"
+        what = f"tensor={tensor} x sequence={sequence} = {devices} devices"
+        _require(
+            False, f"context 'all_to_all' cannot share {N} query heads of q_BTNH among {what}: {advice}, or 'ring'"
+        )
+    # As few copies of a key head as give each device whole ones; a copy serves fewer query heads.
+    copies = next(c for c in range(1, N // K + 1) if call.group % c == 0 and K * c % devices == 0)
+    k, v = (_repeated(x, copies) for x in (call.k_BSKH, call.v_BSKH))
+    call = call._replace(k_BSKH=k, v_BSKH=v)
+    statics, _ = split(call)
+    layout = "key_length", "key_length", "context_heads", "context_kv_heads"
+    result = _on_each_device(lambda a: _answer(statics.join(a), name), call, layout)
+    names = ("batch", "length", "heads", "head_dim")
+    return jax.tree.map(lambda x: constrain(x, *names[: x.ndim]), result)
+
+
+def _repeated(x_BSKH: Array, copies: int) -> Array:
+    if copies == 1:
+        return x_BSKH
+    x = split_dim(constrain(x_BSKH, "batch", "length", "kv_heads", "head_dim"), 2, x_BSKH.shape[2], 1)
+    shape = (*x.shape[:3], copies, x.shape[4])
+    return merge_dims(jnp.broadcast_to(x, shape, out_sharding=jax.typeof(x).sharding), 2)
+
+
+def _on_each_device(f: Callable[[Operands], Any], call: Call, layout: tuple[str, str, str, str]) -> Any:
+    """`f` of each device's operands.
+
+    Args:
+      f: gives `out`, and `lse` where the call wants it.
+      layout: the logical names of queries' and keys' length and heads.
+    """
+    length, key_length, heads, kv_heads = layout
+    statics, operands = split(call)
+    queries: Any = ("batch", length, heads, "head_dim")
+    keys: Any = ("batch", key_length, kv_heads, "head_dim")
+    of_mask: dict[str, Any] = {name: ("batch",) * x.ndim for name, x in operands.mask.items()}
+    for name, its_length in (("q_segment_ids", length), ("kv_segment_ids", key_length)):
+        if name in of_mask:
+            of_mask[name] = ("batch", its_length)
+    bias: Any = None if statics.bias is None else (heads,) if statics.bias[0] is Slopes else (heads, None)
+    sinks: Any = None if operands.sinks_N is None else (heads,)
+    names = Operands(queries, keys, keys, bias, sinks, of_mask)
+    return on_each_device(f, (operands,), (names,), (queries, queries[:3]) if call.return_lse else queries)
 
 
 def _answer(call: Call, name: str | None) -> Any:
     out, lse = choose(call, name).attend(call)
     return (out, lse) if call.return_lse else out
-
-
-def _names(statics: Statics, a: Operands) -> Any:
-    """`Operands` with the logical names of every array's dimensions."""
-    keys: Any = ("batch", "key_length", "kv_heads", "head_dim")
-    queries: Any = ("batch", "length", "heads", "head_dim")
-    of_mask: dict[str, Any] = {name: ("batch",) * x.ndim for name, x in a.mask.items()}
-    for name, length in (("q_segment_ids", "length"), ("kv_segment_ids", "key_length")):
-        if name in a.mask:
-            of_mask[name] = ("batch", length)
-    bias: Any = None if statics.bias is None else ("heads",) if statics.bias[0] is Slopes else ("heads", None)
-    sinks: Any = None if a.sinks_N is None else ("heads",)
-    return Operands(queries, keys, keys, bias, sinks, of_mask)

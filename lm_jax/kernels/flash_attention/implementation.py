@@ -60,11 +60,16 @@ class Implementation(NamedTuple):
       attend: `call -> (out_BTNH in the dtype of the queries, lse_BTN float32)`, differentiable. `lse` is the logarithm
         of the sum of the exponentials of the scores a query sees, the sink's among them; -inf where it sees nothing.
         None may stand for it where the call does not want it.
+      forward, backward: what `attend` is made of (see `with_gradient`), for who puts an outcome together of parts of
+        the keys. `backward` is then given the `out`, `lse` and gradients of the whole, and None for what `forward`
+        saved. None: it cannot serve as a part.
     """
 
     name: str
     refuses: Callable[[Call], str | None]
     attend: Callable[[Call], tuple[Array, Array | None]]
+    forward: Callable[[Call], tuple[Array, Array, Any]] | None = None
+    backward: Callable[[Call, Array, Array, Any, Array, Array], Gradients] | None = None
 
 
 class Operands(NamedTuple):

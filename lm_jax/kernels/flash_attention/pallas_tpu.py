@@ -43,4 +43,4 @@ def _backward(call: Call, out: Array, lse: Array, saved: Any, d_out: Array, d_ls
     return pallas_tpu_backward.backward(call, out, lse, d_out, d_lse, blocks, interpret=platform() != "tpu")
 
 
-IMPLEMENTATION = Implementation("pallas_tpu", refuses, with_gradient(_forward, _backward))
+IMPLEMENTATION = Implementation("pallas_tpu", refuses, with_gradient(_forward, _backward), _forward, _backward)

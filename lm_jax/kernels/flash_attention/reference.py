@@ -5,11 +5,21 @@ Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G query he
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm_jax.kernels.flash_attention.implementation import ATTENDED, Call, Implementation, accumulator
+from lm_jax.kernels.flash_attention.implementation import (
+    ATTENDED,
+    Call,
+    Gradients,
+    Implementation,
+    Operands,
+    accumulator,
+    split,
+)
 
 Array = jax.Array
 
@@ -52,4 +62,22 @@ def _bias_BNTS(call: Call, T: int, S: int) -> Array:
     return jnp.swapaxes(call.position_bias.of(q_BT[:, :, None], jnp.arange(S)), 0, 1)
 
 
-IMPLEMENTATION = Implementation("reference", lambda call: None, attend)
+def _forward(call: Call) -> tuple[Array, Array, None]:
+    return *attend(call), None
+
+
+def _backward(call: Call, out: Array, lse: Array, _: None, d_out: Array, d_lse: Array) -> Gradients:
+    """Of a whole that these keys are a part of: `out = sum_i w_i out_i` over its parts, `w_i = exp(lse_i - lse)`."""
+    statics, operands = split(call)
+
+    def part(*moving: Any) -> tuple[Array, Array]:
+        return attend(statics.join(Operands._make((*moving, operands.mask))))
+
+    (out_i, lse_i), pull = jax.vjp(part, *operands[:-1])
+    weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse_i - jnp.where(lse == -jnp.inf, 0, lse)))
+    of_out, dtype = weight[..., None] * d_out, lse.dtype
+    moved = (d_out.astype(dtype) * (out_i.astype(dtype) - out.astype(dtype))).sum(-1)
+    return Gradients(*pull((of_out.astype(out_i.dtype), weight * (moved + d_lse))))
+
+
+IMPLEMENTATION = Implementation("reference", lambda call: None, attend, _forward, _backward)

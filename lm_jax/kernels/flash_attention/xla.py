@@ -405,8 +405,8 @@ def _forward(call: Call) -> tuple[Array, Array, Any]:
 
 
 def _backward(call: Call, out: Array, lse: Array, kept: Any, d_out: Array, d_lse: Array) -> Gradients:
-    backward = _backward_short if kept_probabilities(call) else _backward_long
+    backward = _backward_long if kept is None else _backward_short
     return backward(call, out, lse, kept, d_out, d_lse)
 
 
-IMPLEMENTATION = Implementation("xla", lambda call: None, with_gradient(_forward, _backward))
+IMPLEMENTATION = Implementation("xla", lambda call: None, with_gradient(_forward, _backward), _forward, _backward)
