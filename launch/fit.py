@@ -14,6 +14,7 @@ from lm_jax.config import build
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.params import count
+from lm_jax.sharding import MeshConfig
 from lm_jax.training.optimizers import make_optimizer
 from lm_jax.training.run import RunConfig
 from lm_jax.training.state import abstract_state
@@ -23,19 +24,45 @@ SHIPPED = ("70b", "13b", "7b", "3b", "1b", "760m", "350m", "125m", "tiny")  # fr
 _UNKNOWN_VOCABULARY = 257  # of bytes; characters have fewer or are few beside the rest
 
 
-def refuse_what_does_not_fit(config: RunConfig) -> None:
-    """Raises UserError where a training step of the config needs more memory than this machine's devices have."""
+AUTO = ("none", "dots", "attention", "full")  # the policies that `auto` chooses from, the fastest first
+_FILL = 0.9  # of what a device has, where what is needed is an estimate
+
+
+def fitted(config: RunConfig) -> RunConfig:
+    """The config with `train.remat = "auto"` settled: the fastest policy that fits this machine's devices, or the
+    budget that the config gives.
+
+    Raises:
+      UserError: where a training step needs more memory than this machine's devices have.
+    """
     available = costs.device_memory(jax.local_devices()[0])
-    if available is None:
-        return
     devices = jax.device_count()
-    config = _with_vocabulary(config)
-    config.check_layout(devices)
-    problem = costs.shortage(_need(config, devices), available)
+    known = _with_vocabulary(config)
+    known.check_layout(devices)
+    budget, train = config.train.memory_gb, config.train
+    if train.remat == "auto":
+        room = int(budget * 1e9) if budget is not None else None if available is None else int(_FILL * available)
+        policy = AUTO[-1] if room is None else _fastest(known, devices, room)
+        config, known = (
+            dataclasses.replace(c, train=dataclasses.replace(train, remat=policy)) for c in (config, known)
+        )
+    if available is None:
+        return config
+    problem = costs.shortage(_need(known, devices), available)
     if problem is None:
-        return
+        return config
     here = f"{devices} x {jax.devices()[0].device_kind}"
-    raise UserError(f"this does not fit ({here}): {problem}\n{_remedy(config, devices, available)}")
+    raise UserError(f"this does not fit ({here}): {problem}\n{_remedy(known, devices, available)}")
+
+
+def _fastest(config: RunConfig, devices: int, room: int) -> str:
+    """The first policy of `AUTO` that needs no more than `room`; the last one where none does."""
+
+    def need(policy: str) -> int:
+        train = dataclasses.replace(config.train, remat=policy)
+        return _need(dataclasses.replace(config, train=train), devices)["total"]
+
+    return next((policy for policy in AUTO[:-1] if need(policy) <= room), AUTO[-1])
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
@@ -47,10 +74,10 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     )
 
 
-def _state(config: RunConfig, mesh: Any) -> Any:
+def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:
     specs = transformer_specs(config.model)
     optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
-    return abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None)
+    return abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=mesh_config)
 
 
 def _need(config: RunConfig, devices: int) -> dict[str, int]:
@@ -58,12 +85,13 @@ def _need(config: RunConfig, devices: int) -> dict[str, int]:
     train = config.train
     return costs.memory(
         config.model,
-        _state(config, mesh),
+        _state(config, mesh, config.mesh),
         mesh,
         batch_size=train.batch_size,
         length=train.length,
         remat=train.remat,
         microbatches=train.microbatches,
+        config=config.mesh,
     )
 
 
@@ -85,8 +113,8 @@ def _remedy(config: RunConfig, devices: int, available: int) -> str:
 def _fitting(config: RunConfig, devices: int, available: int) -> dict[str, Any] | None:
     """What to change for the config to fit; None where nothing that keeps its model and its batch does."""
 
-    def state(mesh: Any) -> Any:
-        return _state(config, mesh)
+    def state(mesh: Any, mesh_config: MeshConfig) -> Any:
+        return _state(config, mesh, mesh_config)
 
     train = config.train
     return costs.suggest(

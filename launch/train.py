@@ -27,17 +27,16 @@ def main(config: ConfigDict) -> int:
     directory = run_path(WORKDIR.value)
     runtime.start(FLAGS, run)
 
-    from launch.fit import refuse_what_does_not_fit
+    from launch.fit import fitted
     from lm_jax.objectives.next_token import next_token
     from lm_jax.objectives.objective import Objective
     from lm_jax.training.loop import train
     from lm_jax.training.report import command_line
 
     def objective(c: RunConfig) -> Objective:
-        return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat)
+        return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat, layout=c.mesh.layout)
 
-    refuse_what_does_not_fit(run)
-    return train(run, directory, objective, command_line())
+    return train(fitted(run), directory, objective, command_line())
 
 
 if __name__ == "__main__":

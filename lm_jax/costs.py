@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
 from lm_jax.params import Tree, named, role
-from lm_jax.sharding import AXES, MeshConfig, abstract, partition
+from lm_jax.sharding import AXES, MESH, Layout, MeshConfig, abstract, partition
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
@@ -148,6 +148,7 @@ def memory(
     length: int,
     remat: str = "none",
     microbatches: int = 1,
+    config: MeshConfig = MESH,
 ) -> dict[str, int]:
     """Bytes that a training step needs on each device, by what they hold, and their `total`.
 
@@ -163,25 +164,28 @@ def memory(
       length: tokens of a row.
       remat: the policy, a name of `REMAT`.
       microbatches: into how many parts a step's rows are cut.
+      config: the mesh's, for what of the state it splits and how it lays out activations.
 
     Returns:
       `parameters`, `gradients`, `optimizer`, `activations` (kept for the backward pass), `working` (what the largest
       layer computes with: recomputed activations and temporaries, or the output's logits and gradient), `total`.
     """
     mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
-    weights = tree_bytes(abstract(transformer_specs(c), mesh))
+    specs = transformer_specs(c)
+    weights = tree_bytes(abstract(specs, mesh, drop=config.weights_drop))
+    gradients = weights if config.zero != 2 else tree_bytes(abstract(specs, mesh))
     shape = (batch_size // microbatches, length)
     if not c.scan and jax.default_backend() == "cpu":
         remat = "none"  # outside of a scan XLA for CPU finds that it is told to compute the same twice, and does not
     with jax.sharding.use_abstract_mesh(mesh):
-        kept = _kept(c, mesh, shape, remat)
+        kept = _kept(c, mesh, shape, remat, config.layout)
         one_layer = dataclasses.replace(c, layers=1)
-        again = _kept(one_layer, mesh, shape, "none") if remat != "none" else 0
-        working = again + 2 * _largest(one_layer, mesh, shape)
+        again = _kept(one_layer, mesh, shape, "none", config.layout) if remat != "none" else 0
+        working = again + 2 * _largest(one_layer, mesh, shape, config.layout)
         output = _output(c, mesh, shape)
     need = {
         "parameters": weights,
-        "gradients": weights * (1 if microbatches == 1 else 2),
+        "gradients": gradients * (1 if microbatches == 1 else 2),
         "optimizer": tree_bytes(state) - weights,
         "activations": kept,
         "working": max(working, output),
@@ -190,13 +194,15 @@ def memory(
 
 
 def tree_bytes(tree: Tree) -> int:
-    """Bytes of abstract leaves on each device."""
+    """Bytes of abstract leaves on each device; what lies in the host's memory does not count."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _bytes(a: Any) -> int:
     """A device's share of an array, by its sharding; all of it where it has none or is a share, inside `shard_map`."""
     sharding = getattr(a, "sharding", None)
+    if "pinned_host" in (getattr(sharding, "memory_kind", None), _memory_of(a)):
+        return 0
     if sharding is None or AxisType.Manual in getattr(sharding.mesh, "axis_types", ()):
         shape = a.shape
     else:
@@ -205,7 +211,13 @@ def _bytes(a: Any) -> int:
     return math.prod(shape) * size
 
 
-def _forward(c: TransformerConfig, mesh: Any, shape: tuple[int, int], remat: str) -> tuple[Callable, tuple]:
+def _memory_of(a: Any) -> str | None:
+    return "pinned_host" if getattr(a, "memory_space", None) == jax.memory.Space.Host else None
+
+
+def _forward(
+    c: TransformerConfig, mesh: Any, shape: tuple[int, int], remat: str, layout: Layout
+) -> tuple[Callable, tuple]:
     """The forward pass up to the loss, and its abstract arguments. Scanned, so that it is traced in the time of one
     layer."""
     c = dataclasses.replace(c, scan=True)
@@ -213,15 +225,15 @@ def _forward(c: TransformerConfig, mesh: Any, shape: tuple[int, int], remat: str
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
 
     def forward(params: Tree, tokens: Any, segments: Any) -> Any:
-        return hidden(params, tokens, c=c, positions_BT=tokens, segment_ids_BT=segments, remat=remat)[0]
+        return hidden(params, tokens, c=c, positions_BT=tokens, segment_ids_BT=segments, remat=remat, layout=layout)[0]
 
     return forward, (abstract(transformer_specs(c), mesh), ids, ids)
 
 
 @functools.cache
-def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str) -> int:
+def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str, layout: Layout) -> int:
     """Bytes on a device that the forward pass leaves for the backward pass, beside its own arguments."""
-    forward, arguments = _forward(c, mesh, shape, remat)
+    forward, arguments = _forward(c, mesh, shape, remat, layout)
 
     def residuals(params: Tree, *rest: Any) -> Any:
         return jax.vjp(lambda p: forward(p, *rest), params)[1]  # its leaves are what it holds
@@ -232,9 +244,9 @@ def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], rema
 
 
 @functools.cache
-def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
+def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], layout: Layout) -> int:
     """Bytes on a device of the largest array that a forward and backward pass makes."""
-    forward, arguments = _forward(c, mesh, shape, "none")
+    forward, arguments = _forward(c, mesh, shape, "none", layout)
 
     def both(params: Tree, *rest: Any) -> Any:
         y, pull = jax.vjp(lambda p: forward(p, *rest), params)
@@ -330,7 +342,7 @@ def amount(size: int) -> str:
 
 def suggest(
     c: TransformerConfig,
-    make_state: Callable[[AbstractMesh], Tree],
+    make_state: Callable[[AbstractMesh, MeshConfig], Tree],
     config: MeshConfig,
     devices: int,
     available: int,
@@ -347,7 +359,7 @@ def suggest(
 
     Args:
       c: the model, its vocabulary given.
-      make_state: the abstract state of training on a mesh.
+      make_state: the abstract state of training on a mesh, as its config wants it.
       config: the mesh that did not fit.
       devices: how many there are.
       available: bytes on each device.
@@ -358,17 +370,17 @@ def suggest(
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
         if batch_size % parts or c.embed % mesh.shape["fsdp"]:
             continue
-        state = make_state(mesh)
-        if (
-            tree_bytes(state) + tree_bytes(abstract(transformer_specs(c), mesh)) > available
-        ):  # before anything is traced
-            continue
+        state = make_state(mesh, mesh_config)
+        if tree_bytes(state) + tree_bytes(abstract(transformer_specs(c), mesh)) > available:
+            continue  # before anything is traced
         rows = batch_size // parts  # of a micro-batch on a device
         finer = [k for k in range(1, rows + 1) if rows % k == 0]
 
-        def fits(policy: str, times: int, mesh: Any = mesh, state: Tree = state) -> bool:
+        def fits(
+            policy: str, times: int, mesh: Any = mesh, state: Tree = state, mesh_config: MeshConfig = mesh_config
+        ) -> bool:
             cut: dict[str, Any] = {"batch_size": batch_size, "length": length, "microbatches": microbatches * times}
-            return memory(c, state, mesh, remat=policy, **cut)["total"] <= available
+            return memory(c, state, mesh, remat=policy, config=mesh_config, **cut)["total"] <= available
 
         if not fits("full", finer[-1]):
             continue
@@ -388,4 +400,7 @@ def _meshes(config: MeshConfig, devices: int) -> Iterator[tuple[MeshConfig, dict
     for fsdp in range(sizes["fsdp"] + 1, rows + 1):
         if rows % fsdp == 0:
             keys = {"data": rows // fsdp, "fsdp": fsdp}
-            yield dataclasses.replace(config, **keys), {f"mesh.{axis}": size for axis, size in keys.items()}
+            yield (
+                dataclasses.replace(config, data=rows // fsdp, fsdp=fsdp),
+                {f"mesh.{axis}": size for axis, size in keys.items()},
+            )

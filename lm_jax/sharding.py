@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    "residual_length": ("sequence", "tensor"),  # between the regions of tensor parallelism, see `Layout`
     "key_length": (),  # keys and values are gathered over length before attention
     "features": (),
     # weights and activations
@@ -45,23 +46,60 @@ TABLE: dict[str | None, tuple[str, ...]] = {
 }
 
 
+CONTEXTS = ("gather", "ring", "all_to_all")
+
+
+class Layout(NamedTuple):
+    """The choices among layouts of activations that the sizes of mesh axes leave open; `MeshConfig` says what they
+    mean."""
+
+    context: str = "gather"
+    split_residual: bool = False
+
+    @property
+    def residual(self) -> str:
+        """The logical name of the residual stream's length."""
+        return "residual_length" if self.split_residual else "length"
+
+
+LAYOUT = Layout()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How large each mesh axis is. One of them may be -1: whatever devices the others leave.
 
     Attributes:
-      data: copies of the model, each on its own rows of the batch.
+      data: copies of the model, each on its own rows of the batch. Where devices come in slices joined by a network,
+        the slices are parts of this axis.
       fsdp: parts that weights, gradients and optimizer state are split into; each takes its own rows as well.
       sequence: parts that a row's length is split into.
       tensor: parts that heads, feed-forward features and vocabulary are split into.
+      zero: what is split over `fsdp` (Rajbhandari et al. 2020, arXiv:1910.02054): 1, the optimizer's state (with the
+        average of the weights); 2, the gradients too; 3, the weights too.
+      context: how attention looks beyond its part of a row, where `sequence` splits it: `gather` brings keys and values
+        together on each device; `ring` passes them round (Liu et al. 2023, arXiv:2310.01889); `all_to_all` splits heads
+        instead of the length while it attends (Jacobs et al. 2023, arXiv:2309.14509).
+      split_residual: whether `tensor` splits the length of what stands between attention and feed-forward (Korthikanti
+        et al. 2022, arXiv:2205.05198): norms and kept activations are then a part each, for the same bytes moved.
+      offload_optimizer: whether the optimizer's state (with the average of the weights) lies in the host's memory
+        between steps.
     """
 
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
+    zero: int = 3
+    context: str = "gather"
+    split_residual: bool = False
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
+        if self.zero not in (1, 2, 3):
+            raise ConfigError("mesh.zero", f"there is no stage {self.zero}", "use 1, 2 or 3")
+        if self.context not in CONTEXTS:
+            raise ConfigError("mesh.context", f"unknown {self.context!r}", f"use one of {', '.join(CONTEXTS)}")
         for axis in AXES:
             size = getattr(self, axis)
             if size < 1 and size != -1:
@@ -70,6 +108,21 @@ class MeshConfig:
                 )
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise ConfigError("mesh", "more than one axis is -1", "give all but one of data, fsdp, sequence, tensor")
+
+    @property
+    def layout(self) -> Layout:
+        """What model functions have to know of these choices."""
+        return Layout(self.context, self.split_residual)
+
+    @property
+    def devices(self) -> int:
+        """How many devices it takes where no axis is -1."""
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def weights_drop(self) -> tuple[str, ...]:
+        """The mesh axes that do not split weights though the table says so."""
+        return () if self.zero == 3 else ("fsdp",)
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Every axis's size on so many devices.
@@ -92,6 +145,9 @@ class MeshConfig:
                 "mesh", f"{text} = {fixed} {verb} the {devices} devices here", "make one axis -1 to take what is there"
             )
         return sizes
+
+
+MESH = MeshConfig()
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -152,6 +208,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out by logical names on the current mesh (as it is where no mesh is entered)."""
     spec = out_sharding(*names)
     return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def ordered(x: jax.Array, dim: int, order: np.ndarray) -> jax.Array:
+    """`x` with what stands along a dimension in another order, laid out as before.
+
+    It is whole along that dimension for a moment, so this is meant for ids and masks.
+    """
+    spec = jax.typeof(x).sharding.spec
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.take(x, order, dim)
+    whole = jax.sharding.reshard(x, PartitionSpec(*(None if d == dim else e for d, e in enumerate(spec))))
+    return jax.sharding.reshard(jnp.take(whole, order, dim), spec)
 
 
 def split_dim(x: jax.Array, dim: int, major: int, minor: int) -> jax.Array:
@@ -244,15 +312,35 @@ def send_on(tree: Any, name: str, hops: int = 1) -> Any:
     return jax.tree.map(lambda a: jax.lax.ppermute(a, axes, pairs), tree)
 
 
-def abstract(specs: Tree, mesh: Mesh | AbstractMesh, dtype: Any = np.float32) -> Tree:
-    """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh."""
+def abstract(specs: Tree, mesh: Mesh | AbstractMesh, dtype: Any = np.float32, *, drop: tuple[str, ...] = ()) -> Tree:
+    """The parameters as `ShapeDtypeStruct`s with their shardings on the mesh, whole over the axes of `drop`."""
 
     def one(s: ParamSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            s.shape, dtype, sharding=NamedSharding(mesh, partition(*s.axes, shape=s.shape, mesh=mesh))
-        )
+        spec = partition(*s.axes, shape=s.shape, mesh=mesh, drop=drop)
+        return jax.ShapeDtypeStruct(s.shape, dtype, sharding=NamedSharding(mesh, spec))
 
     return map_specs(one, specs)
+
+
+def lay_out(params: Tree, specs: Tree, *, drop: tuple[str, ...] = ()) -> Tree:
+    """Parameters, or what is shaped like them, laid out as their specs say, whole over the axes of `drop`."""
+    return map_specs(lambda s, a: jax.sharding.reshard(a, partition(*s.axes, drop=drop)), specs, params)
+
+
+def on_host(tree: Tree) -> Tree:
+    """Abstract leaves as `on_mesh` gives them, to lie in the memory of the devices' host."""
+
+    def one(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert isinstance(a.sharding, NamedSharding)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding.with_memory_kind("pinned_host"))
+
+    return jax.tree.map(one, tree)
+
+
+def in_memory(tree: Tree, host: bool) -> Tree:
+    """Arrays in the host's memory, or in the devices' own; for use in a jitted function."""
+    space = jax.memory.Space.Host if host else jax.memory.Space.Device
+    return jax.tree.map(lambda a: jax.device_put(a, space), tree)
 
 
 def on_mesh(mesh: Mesh | AbstractMesh, tree: Tree) -> Tree:

@@ -203,7 +203,7 @@ def test_the_kept_probabilities_grow_with_the_square_of_the_length() -> None:
 
 def state_on(c: TransformerConfig) -> Any:
     """AdamW's state as it would be laid out on a mesh."""
-    return lambda mesh: (abstract(transformer_specs(c), mesh),) * 3
+    return lambda mesh, config=None: (abstract(transformer_specs(c), mesh),) * 3
 
 
 def test_a_mesh_divides_what_it_splits() -> None:

@@ -16,7 +16,7 @@ from lm_jax.models.linear import linear, linears
 from lm_jax.models.norms import NormConfig, norm, norm_specs
 from lm_jax.models.positions import POSITIONS, PositionConfig
 from lm_jax.params import Initializer, ParamSpec, scaled_normal, zeros
-from lm_jax.sharding import constrain
+from lm_jax.sharding import LAYOUT, Layout, constrain
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -124,6 +124,7 @@ def attention(
     rotation: Any,
     segment_ids_BT: Array | None,
     cache: KeyValueCache | None = None,
+    layout: Layout = LAYOUT,
 ) -> tuple[Array, KeyValueCache | None]:
     """Causal attention within segments.
 
@@ -134,9 +135,11 @@ def attention(
       rotation: what the position encoding has prepared for these positions.
       segment_ids_BT: `[B, T]`; equal ids see each other, negative ones see nothing. None: each row is one segment.
       cache: what decoding has seen; the rows of `x` then stand behind it.
+      layout: how the mesh is used. With `ring`, the columns of all arguments stand in the order of `ring_order`.
 
     Returns:
-      `[B, T, D]`, and the cache with these keys and values added (None if none was given).
+      `[B, T, D]`, its length laid out as the residual stream's, and the cache with these keys and values added (None if
+      none was given).
     """
     rotate = POSITIONS[c.position].rotate
     names = [("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim")]
@@ -144,11 +147,10 @@ def attention(
     if c.qk_norm:
         q, k = norm(params.get("query_norm", {}), q, c=c), norm(params.get("key_norm", {}), k, c=c)
     q, k = rotate(q, rotation), rotate(k, rotation)
-    k, v = (constrain(a, "batch", "key_length", "kv_heads", "head_dim") for a in (k, v))
     if cache is None:
-        keys_BS = None if segment_ids_BT is None else constrain(segment_ids_BT, "batch", "key_length")
-        mask = AttentionMask(window=c.window, q_segment_ids=segment_ids_BT, kv_segment_ids=keys_BS)
+        mask = AttentionMask(window=c.window, q_segment_ids=segment_ids_BT, kv_segment_ids=segment_ids_BT)
     else:
+        k, v = (constrain(a, "batch", "key_length", "kv_heads", "head_dim") for a in (k, v))
         mask, cache = _extend(cache, k, v, c.window)
         k, v = cache.keys, cache.values
     y = flash_attention(
@@ -160,8 +162,9 @@ def attention(
         position_bias=POSITIONS[c.position].bias(c.heads),
         sinks_N=params.get("sinks"),
         implementation=c.attention_kernel,
+        context=layout.context if cache is None else "gather",
     )
-    return linear(y, params["out"], ("heads", "head_dim"), ("features",)), cache
+    return linear(y, params["out"], ("heads", "head_dim"), ("features",), layout.residual), cache
 
 
 def _extend(

@@ -12,6 +12,7 @@ from lm_jax.models.attention import AttentionConfig, KeyValueCache, attention, a
 from lm_jax.models.feed_forward import FeedForwardConfig, feed_forward, feed_forward_specs
 from lm_jax.models.norms import norm, norm_specs
 from lm_jax.params import Initializer, Normal, zeros
+from lm_jax.sharding import LAYOUT, Layout, constrain
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -48,15 +49,23 @@ def block(
     rotation: Any,
     segment_ids_BT: Array | None,
     cache: KeyValueCache | None = None,
+    layout: Layout = LAYOUT,
 ) -> tuple[Array, KeyValueCache | None]:
     """`[B, T, D]` -> `[B, T, D]`, and the layer's cache where one is given. Arguments as of `attention`."""
+
+    def normed(name: str, x_BTD: Array) -> Array:
+        y = norm(params[name], x_BTD, c=c)
+        return constrain(y, "batch", "length", "features") if layout.split_residual else y
+
     y, cache = attention(
         params["attention"],
-        norm(params["attention_norm"], x_BTD, c=c),
+        normed("attention_norm", x_BTD),
         c=c,
         rotation=rotation,
         segment_ids_BT=segment_ids_BT,
         cache=cache,
+        layout=layout,
     )
     x_BTD = x_BTD + y
-    return x_BTD + feed_forward(params["feed_forward"], norm(params["feed_forward_norm"], x_BTD, c=c), c=c), cache
+    y = feed_forward(params["feed_forward"], normed("feed_forward_norm", x_BTD), c=c, length=layout.residual)
+    return x_BTD + y, cache

@@ -65,11 +65,11 @@ def feed_forward_specs(c: FeedForwardConfig, out: Initializer) -> dict[str, Para
     return specs | {"down": ParamSpec((c.inner, c.embed), ("feed_forward", "embed"), out)}
 
 
-def feed_forward(params: Params, x_BTD: Array, *, c: FeedForwardConfig) -> Array:
-    """`[B, T, D]` -> `[B, T, D]`."""
+def feed_forward(params: Params, x_BTD: Array, *, c: FeedForwardConfig, length: str = "length") -> Array:
+    """`[B, T, D]` -> `[B, T, D]`, its length laid out by the logical name `length`."""
     kind = FEED_FORWARDS[c.feed_forward]
     inner = [linear(x_BTD, params[name], ("features",), ("feed_forward",)) for name in kind.inputs]
-    return linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",))
+    return linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",), length)
 
 
 @jax.custom_vjp

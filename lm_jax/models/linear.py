@@ -22,7 +22,7 @@ PRODUCT = "product"  # the name by which remat policies know what comes out of h
 Names = tuple[str | None, ...]
 
 
-def linear(x: Array, w: Array, inputs: Names, outputs: Names) -> Array:
+def linear(x: Array, w: Array, inputs: Names, outputs: Names, length: str = "length") -> Array:
     """`x` times `w`, over the dimensions named in `inputs`.
 
     Rows and features are flattened around the product wherever the length is not split: a weight's gradient then
@@ -34,13 +34,15 @@ def linear(x: Array, w: Array, inputs: Names, outputs: Names) -> Array:
       w: `[*inputs, *outputs]`, in the dtype of compute and whole over fsdp.
       inputs: the logical names of the dimensions that are summed over.
       outputs: the logical names of the dimensions that come out.
+      length: the logical name of the outcome's length; what comes in is laid out as `length`.
 
     Returns:
       `[B, T, *outputs]` in the dtype of `x`.
     """
     (B, T), sizes_in, sizes_out = x.shape[:2], w.shape[: len(inputs)], w.shape[len(inputs) :]
-    result = out_sharding("batch", "length", *outputs)
-    if axis_size("sequence") > 1:  # batch and length are both split: no one axis would describe flattened rows
+    result = out_sharding("batch", length, *outputs)
+    # Batch and length both split: no one axis would describe flattened rows.
+    if axis_size("sequence") > 1 or (length != "length" and axis_size("tensor") > 1):
         over = (tuple(range(2, x.ndim)), tuple(range(len(inputs))))
         return checkpoint_name(jax.lax.dot_general(x, w, (over, ((), ())), out_sharding=result), PRODUCT)
     x = constrain(x, "batch", None, *inputs)

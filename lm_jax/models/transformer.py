@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm_jax.errors import ConfigError
-from lm_jax.kernels.flash_attention import ATTENDED
+from lm_jax.kernels.flash_attention import ATTENDED, ring_order
 from lm_jax.models.attention import KeyValueCache, empty_cache
 from lm_jax.models.block import BlockConfig, block, block_specs
 from lm_jax.models.linear import PRODUCT, linear
 from lm_jax.models.norms import norm, norm_specs
 from lm_jax.models.positions import POSITIONS
 from lm_jax.params import Normal, ParamSpec, map_specs, scaled_normal, stack, unstacked, zeros
-from lm_jax.sharding import constrain, gather_weights, out_sharding, platform
+from lm_jax.sharding import LAYOUT, Layout, axis_size, constrain, gather_weights, out_sharding, platform
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -27,6 +28,12 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # keep products with weights
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),  # keep what attention gives
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # keep products with weights on the host
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -110,6 +117,7 @@ def hidden(
     segment_ids_BT: Array | None = None,
     cache: KeyValueCache | None = None,
     remat: str = "none",
+    layout: Layout = LAYOUT,
 ) -> tuple[Array, KeyValueCache | None]:
     """The normalised residual stream behind the last block.
 
@@ -121,13 +129,16 @@ def hidden(
       segment_ids_BT: `[B, T]`; None: each row is one segment.
       cache: `init_cache`'s, with the layers in front, or None.
       remat: what the backward pass computes again instead of keeping: a name of `REMAT`.
+      layout: how the mesh is used. The tokens, and all that is given of them, stand in the order of `columns`.
 
     Returns:
       `[B, T, D]` in the dtype of compute, and the cache (None if none was given).
     """
     if positions_BT is None:
-        start = 0 if cache is None else cache.length[0][:, None]  # every layer holds as much
-        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length[0][:, None]  # every layer holds as much
+        order = None if cache is not None else columns(c, layout, tokens_BT.shape[1])
+        offsets = jnp.arange(tokens_BT.shape[1]) if order is None else jnp.asarray(order)
+        positions_BT = jnp.broadcast_to(start + offsets, tokens_BT.shape)
     rotation = POSITIONS[c.position].prepare(positions_BT, c.head_size, c)
     layer_specs = map_specs(unstacked, transformer_specs(c)["blocks"])
 
@@ -135,22 +146,31 @@ def hidden(
         x_BTD: Array, layer_params: Params, layer_cache: KeyValueCache | None
     ) -> tuple[Array, KeyValueCache | None]:
         weights = gather_weights(layer_params, layer_specs, c.compute_dtype)
-        return block(weights, x_BTD, c=c, rotation=rotation, segment_ids_BT=segment_ids_BT, cache=layer_cache)
+        ids = segment_ids_BT
+        return block(weights, x_BTD, c=c, rotation=rotation, segment_ids_BT=ids, cache=layer_cache, layout=layout)
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=not c.scan)
-    x_BTD, cache = _run_layers(layer, _embed(params, tokens_BT, c), params["blocks"], cache, c)
-    return norm(params["final_norm"], x_BTD, c=c), cache
+    x_BTD = _embed(params, tokens_BT, c, layout.residual)
+    x_BTD, cache = _run_layers(layer, x_BTD, params["blocks"], cache, c)
+    x_BTD = norm(params["final_norm"], x_BTD, c=c)
+    return constrain(x_BTD, "batch", "length", "features") if layout.split_residual else x_BTD, cache
 
 
-def _embed(params: Params, tokens_BT: Array, c: TransformerConfig) -> Array:
+def columns(c: TransformerConfig, layout: Layout, length: int) -> np.ndarray | None:
+    """The order in which a row's tokens are to stand when `hidden` is given them; None: as they are."""
+    parts = axis_size("sequence")
+    return ring_order(length, parts, c.window) if layout.context == "ring" and parts > 1 else None
+
+
+def _embed(params: Params, tokens_BT: Array, c: TransformerConfig, length: str) -> Array:
     """`[B, T, D]`. The table is gathered over fsdp first: a look-up in a table split over features would be rebuilt
     whole."""
     table = constrain(params["embedding"].astype(c.compute_dtype), "vocab", None)
     # "fill" makes an id beyond the vocabulary NaN, so that the step is refused; the default for plain indexing clamps
     # it.
     return table.at[tokens_BT].get(
-        mode="fill", wrap_negative_indices=False, out_sharding=out_sharding("batch", "length", "features")
+        mode="fill", wrap_negative_indices=False, out_sharding=out_sharding("batch", length, "features")
     )
 
 

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels.cross_entropy import cross_entropy
-from lm_jax.models.transformer import TransformerConfig, hidden, output_weight
+from lm_jax.models.transformer import TransformerConfig, columns, hidden, output_weight
 from lm_jax.objectives.objective import Objective, Terms
+from lm_jax.sharding import LAYOUT, Layout, ordered
 
 Array = jax.Array
 Batch = dict[str, Array]
 
 
-def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none") -> Objective:
+def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none", layout: Layout = LAYOUT) -> Objective:
     """Mean cross-entropy a counted target, and the z-loss where its weight is above 0.
 
     A batch has `tokens`, `targets`, `segment_ids`, `positions` (`[B, T]` int32) and `loss_mask` (`[B, T]` bool).
@@ -29,6 +30,9 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
 
     def terms(params: Any, frozen: Any, extra: Any, batch: Batch, key: Array) -> tuple[Terms, Any]:
         del frozen, key
+        order = columns(c, layout, batch["tokens"].shape[1])
+        if order is not None:  # a loss is a sum over tokens, whatever their order
+            batch = {name: ordered(a, 1, order) for name, a in batch.items()}
         x_BTD, _ = hidden(
             params,
             batch["tokens"],
@@ -36,6 +40,7 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
             positions_BT=batch["positions"],
             segment_ids_BT=batch["segment_ids"],
             remat=remat,
+            layout=layout,
         )
         sums = cross_entropy(
             x_BTD,

@@ -41,9 +41,8 @@ class Program:
     def init(self) -> TrainState:
         """A fresh state of the config's seed."""
         config = self.config
-        return init_state(
-            self.specs, self.optimizer, self.mesh, config.train.seed, ema=config.optimizer.ema is not None
-        )
+        ema = config.optimizer.ema is not None
+        return init_state(self.specs, self.optimizer, self.mesh, config.train.seed, ema=ema, config=config.mesh)
 
 
 def make_program(config: RunConfig, mesh: jax.sharding.Mesh, objective: Objective) -> Program:
@@ -56,7 +55,7 @@ def make_program(config: RunConfig, mesh: jax.sharding.Mesh, objective: Objectiv
     specs = transformer_specs(config.model)
     optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
     try:
-        abstract = abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None)
+        abstract = abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=config.mesh)
     except ValueError as e:
         raise ConfigError("mesh", str(e)) from e
     step = make_train_step(
@@ -66,6 +65,8 @@ def make_program(config: RunConfig, mesh: jax.sharding.Mesh, objective: Objectiv
         microbatches=config.train.microbatches,
         clip_norm=config.optimizer.clip_norm,
         ema=config.optimizer.ema,
+        specs=specs,
+        mesh=config.mesh,
     )
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

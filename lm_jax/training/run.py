@@ -31,7 +31,10 @@ class TrainConfig:
       length: tokens of a row.
       seed: of initial values, of the order of the data, and of whatever else is random.
       microbatches: into how many parts a step's rows are cut; changes memory and nothing else.
-      remat: what the backward pass computes again instead of keeping: `none`, `dots`, `attention` or `full`.
+      remat: what the backward pass computes again instead of keeping: `none`, `dots` (all but products with weights),
+        `attention` (all but attention's outputs), `full`; `offload` keeps products with weights in the host's memory;
+        `auto` is the first of none, dots, attention and full that fits.
+      memory_gb: what `auto` may fill of a device, in GB; None: nine tenths of what it has.
       z_loss: weight of `log(Z)^2` in the loss; 0: none.
       max_bad_steps: the run ends after so many steps in a row whose loss or gradient was not finite; none of them is
         applied.
@@ -46,6 +49,7 @@ class TrainConfig:
     seed: int = 0
     microbatches: int = 1
     remat: str = "none"
+    memory_gb: float | None = None
     z_loss: float = 0.0
     max_bad_steps: int = 10
     init_from: str | None = None
@@ -70,8 +74,11 @@ class TrainConfig:
             "max_bad_steps": 1,
         }
         _at_least("train", self, least)
-        if self.remat not in REMAT:
-            raise ConfigError("train.remat", f"unknown policy {self.remat!r}", f"use one of {', '.join(REMAT)}")
+        if self.remat not in (*REMAT, "auto"):
+            known = ", ".join((*REMAT, "auto"))
+            raise ConfigError("train.remat", f"unknown policy {self.remat!r}", f"use one of {known}")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ConfigError("train.memory_gb", f"{self.memory_gb} is out of range", "use a number above 0, or None")
         if not 0 <= self.z_loss < math.inf:
             raise ConfigError("train.z_loss", f"{self.z_loss} is out of range", "use 0, or a small number such as 1e-4")
         if self.batch_size % self.microbatches:
@@ -154,16 +161,27 @@ class RunConfig:
             nearest = max(1, round(train.batch_size / (rows * train.microbatches))) * rows * train.microbatches
             problem = f"{train.batch_size} rows cannot be split evenly over {parts}"
             raise ConfigError("train.batch_size", problem, f"the nearest that fits is {nearest}")
-        split = [
-            ("train.length", train.length, "sequence"),
-            ("model.heads", model.heads, "tensor"),
-            ("model.kv_heads", model.key_heads, "tensor"),
-            ("model.feed_forward_dim", model.inner, "tensor"),
-            ("model.vocab", model.vocab, "tensor"),
-            ("model.embed", model.embed, "fsdp"),
+        split: list[tuple[str, int | None, tuple[str, ...]]] = [
+            ("train.length", train.length, ("sequence",)),
+            ("model.heads", model.heads, ("tensor",)),
+            ("model.kv_heads", model.key_heads, ("tensor",)),
+            ("model.feed_forward_dim", model.inner, ("tensor",)),
+            ("model.vocab", model.vocab, ("tensor",)),
+            ("model.embed", model.embed, ("fsdp",)),
         ]
-        for key, value, axis in split:
-            if value is not None and value % size[axis]:
-                near = max(1, round(value / size[axis])) * size[axis]
-                problem = f"{value} cannot be split evenly over mesh.{axis} = {size[axis]}"
-                raise ConfigError(key, problem, f"the nearest that fits is {near}, or choose a divisor for mesh.{axis}")
+        if self.mesh.split_residual:
+            split.append(("train.length", train.length, ("sequence", "tensor")))
+        if self.mesh.context == "all_to_all":
+            split.append(("model.heads", model.heads, ("tensor", "sequence")))
+        for name, value, axes in split:
+            pieces = math.prod(size[a] for a in axes)
+            if value is not None and value % pieces:
+                near = max(1, round(value / pieces)) * pieces
+                over = " x ".join(f"mesh.{a}" for a in axes)
+                problem = f"{value} cannot be split evenly over {over} = {pieces}"
+                raise ConfigError(name, problem, f"the nearest that fits is {near}, or choose a divisor for {over}")
+        pieces = 2 * size["sequence"]  # see `ring_order`
+        if self.mesh.context == "ring" and model.window is None and pieces > 2 and train.length % pieces:
+            near = max(1, round(train.length / pieces)) * pieces
+            problem = f"{train.length} cannot be cut into the {pieces} parts of a ring over mesh.sequence"
+            raise ConfigError("train.length", problem, f"the nearest that fits is {near}")

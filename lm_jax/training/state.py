@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lm_jax.params import Tree, initialize
-from lm_jax.sharding import abstract, on_mesh
+from lm_jax.sharding import MESH, MeshConfig, abstract, lay_out, on_host, on_mesh
 
 Array = jax.Array
 
@@ -45,32 +45,45 @@ def abstract_state(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     *,
     ema: bool = False,
+    config: MeshConfig = MESH,
 ) -> TrainState:
-    """The state as shapes, dtypes and shardings: the optimizer's state is laid out as the parameters that it is made
-    from. The mesh may be one of devices that are not here."""
-    params = abstract(specs, mesh)
+    """The state as shapes, dtypes and shardings: the optimizer's state is laid out as the parameters would be if they
+    were split over all that splits them, the parameters as the mesh's config says. The mesh may be one of devices that
+    are not here."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.eval_shape(lambda p: _state(p, optimizer, jax.random.key(0), ema), params)
-    return on_mesh(mesh, state)
+        state = jax.eval_shape(
+            lambda params: _state(specs, optimizer, jax.random.key(0), ema, config, params), abstract(specs, mesh)
+        )
+    state = on_mesh(mesh, state)
+    if config.offload_optimizer:
+        state = state.replace(opt_state=on_host(state.opt_state), ema=on_host(state.ema))
+    return state
 
 
 def init_state(
-    specs: Tree, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, seed: int, *, ema: bool = False
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    *,
+    ema: bool = False,
+    config: MeshConfig = MESH,
 ) -> TrainState:
     """A fresh state, each leaf made where it will lie, in one compilation."""
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(specs, optimizer, mesh, ema=ema))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(specs, optimizer, mesh, ema=ema, config=config))
 
     def init(key: Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        params = jax.tree.map(jax.sharding.reshard, initialize(specs, init_key), specs_shardings)
-        return _state(params, optimizer, run_key, ema)
+        return _state(specs, optimizer, run_key, ema, config, lay_out(initialize(specs, init_key), specs))
 
-    specs_shardings = jax.tree.map(lambda a: a.sharding.spec, abstract(specs, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _state(params: Tree, optimizer: optax.GradientTransformation, key: Array, ema: bool) -> TrainState:
+def _state(
+    specs: Tree, optimizer: optax.GradientTransformation, key: Array, ema: bool, config: MeshConfig, params: Tree
+) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(params, {}, {}, optimizer.init(params), average, zero, zero, zero, key)
+    weights = lay_out(params, specs, drop=config.weights_drop)
+    return TrainState(weights, {}, {}, optimizer.init(params), average, zero, zero, zero, key)

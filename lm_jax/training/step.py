@@ -10,12 +10,13 @@ import optax
 
 from lm_jax.data.loader import batch_hash
 from lm_jax.objectives.objective import Objective
-from lm_jax.sharding import split_dim
+from lm_jax.sharding import MESH, MeshConfig, in_memory, lay_out, split_dim
 from lm_jax.training.optimizers import ema_update
 from lm_jax.training.state import TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
+_OFFLOADED = ("opt_state", "ema")
 
 
 def make_train_step(
@@ -26,6 +27,8 @@ def make_train_step(
     microbatches: int = 1,
     clip_norm: float | None = None,
     ema: float | None = None,
+    specs: Any = None,
+    mesh: MeshConfig = MESH,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -40,12 +43,20 @@ def make_train_step(
       microbatches: into how many parts the batch is cut; each row block of the mesh must divide into them.
       clip_norm: largest global norm of the gradient; None: any.
       ema: decay of the running average of the parameters; None: none is kept.
+      specs: of the parameters; needed where `mesh.zero` is below 3.
+      mesh: what of the state is split over fsdp, and where it lies between steps.
     """
+
+    def split(tree: Any) -> Any:
+        """Gradients or parameters in the layout of the optimizer's state."""
+        return tree if mesh.zero == 3 else lay_out(tree, specs)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         weights = objective.weights(batch)
         key = jax.random.fold_in(state.key, state.step)
-        sums, extra, gradients = _gradients(objective, state, batch, weights, key, microbatches)
+        each = split if mesh.zero == 2 else _as_they_are
+        sums, extra, gradients = _gradients(objective, state, batch, weights, key, microbatches, each)
+        gradients = split(gradients)
         terms = {name: sums[name] / jnp.maximum(weights[name], 1e-9) for name in sums}
         loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
         norm = optax.tree.norm(gradients)
@@ -53,11 +64,19 @@ def make_train_step(
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = None if ema is None else ema_update(state.ema, params, ema, state.applied)
-        new = state.replace(params=params, opt_state=opt_state, extra=extra, ema=average)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), _changing(new), _changing(state))
+        old = _changing(state)
+        old["params"] = split(old["params"])
+        if mesh.offload_optimizer:
+            old |= in_memory({name: old[name] for name in _OFFLOADED}, host=False)
+        updates, opt_state = optimizer.update(gradients, old["opt_state"], old["params"])
+        params = optax.apply_updates(old["params"], updates)
+        average = None if ema is None else ema_update(old["ema"], params, ema, state.applied)
+        new = {"params": params, "opt_state": opt_state, "extra": extra, "ema": average}
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        if mesh.zero < 3:
+            new["params"] = lay_out(new["params"], specs, drop=mesh.weights_drop)
+        if mesh.offload_optimizer:
+            new |= in_memory({name: new[name] for name in _OFFLOADED}, host=True)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -80,10 +99,21 @@ def _changing(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "opt_state": state.opt_state, "extra": state.extra, "ema": state.ema}
 
 
+def _as_they_are(gradients: Any) -> Any:
+    return gradients
+
+
 def _gradients(
-    objective: Objective, state: TrainState, batch: Any, weights: dict[str, Array], key: Array, microbatches: int
+    objective: Objective,
+    state: TrainState,
+    batch: Any,
+    weights: dict[str, Array],
+    key: Array,
+    microbatches: int,
+    each: Callable[[Any], Any],
 ) -> tuple[dict[str, Array], Any, Any]:
-    """The sums of the terms over the batch, the new `extra`, and the gradient of the loss."""
+    """The sums of the terms over the batch, the new `extra`, and the gradient of the loss; `each` lays out that of a
+    micro-batch before it is added to the others."""
 
     def loss(params: Any, extra: Any, rows: Any, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
         sums, extra = objective.terms(params, state.frozen, extra, rows, key)
@@ -93,16 +123,16 @@ def _gradients(
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
         gradients, (sums, extra) = gradient(state.params, state.extra, batch, key)
-        return sums, extra, gradients
+        return sums, extra, each(gradients)
 
     def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         sums, extra, gradients = carry
         i, rows = xs
         more, (more_sums, extra) = gradient(state.params, extra, rows, jax.random.fold_in(key, i))
-        return (jax.tree.map(jnp.add, sums, more_sums), extra, jax.tree.map(jnp.add, gradients, more)), None
+        return (jax.tree.map(jnp.add, sums, more_sums), extra, jax.tree.map(jnp.add, gradients, each(more))), None
 
     zero_sums = {name: jnp.zeros((), jnp.float32) for name in weights}
-    start = (zero_sums, state.extra, jax.tree.map(jnp.zeros_like, state.params))
+    start = (zero_sums, state.extra, each(jax.tree.map(jnp.zeros_like, state.params)))
     parts = jax.tree.map(lambda a: _split_rows(a, microbatches), batch)
     (sums, extra, gradients), _ = jax.lax.scan(body, start, (jnp.arange(microbatches), parts))
     return sums, extra, gradients

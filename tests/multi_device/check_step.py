@@ -9,7 +9,7 @@ import optax
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.objectives.next_token import next_token
 from lm_jax.params import named
-from lm_jax.sharding import MeshConfig
+from lm_jax.sharding import MeshConfig, abstract
 from lm_jax.training.state import TrainState, abstract_state
 from lm_jax.training.step import make_train_step
 from tests.multi_device import layouts
@@ -27,16 +27,21 @@ KEEP = optax.GradientTransformation(
 def run(config: MeshConfig, microbatches: int = 2) -> tuple[TrainState, dict[str, float]]:
     mesh = layouts.mesh_of(config)
     with jax.set_mesh(mesh):
-        shapes = abstract_state(transformer_specs(C), KEEP, mesh)
+        specs = transformer_specs(C)
+        shapes = abstract_state(specs, KEEP, mesh, config=config)
         zero = jnp.zeros((), jnp.int32)
         kept, key = jax.tree.map(jnp.zeros_like, PARAMS), jax.random.key(0)
         state = TrainState(PARAMS, {}, {}, kept, None, zero, zero, zero, key)
         state = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), state, shapes)
-        objective = next_token(C, z_loss=1e-3, remat="full")
-        step = make_train_step(objective, KEEP, lambda updates: 0.0, microbatches=microbatches, clip_norm=1e6)
+        objective = next_token(C, z_loss=1e-3, remat="full", layout=config.layout)
+        cut = {"microbatches": microbatches, "clip_norm": 1e6, "specs": specs, "mesh": config}
+        step = make_train_step(objective, KEEP, lambda updates: 0.0, **cut)
         new, metrics = jax.jit(step)(state, layouts.place_batch(BATCH, mesh))
-        for name, a, s in zip(NAMES, jax.tree.leaves(new.opt_state), jax.tree.leaves(shapes.params), strict=True):
+        split = jax.tree.leaves(abstract(specs, mesh))
+        for name, a, s in zip(NAMES, jax.tree.leaves(new.opt_state), split, strict=True):
             assert a.sharding.is_equivalent_to(s.sharding, a.ndim), f"{config}: the gradient of {name} is {a.sharding}"
+        for name, a, s in zip(NAMES, jax.tree.leaves(new.params), jax.tree.leaves(shapes.params), strict=True):
+            assert a.sharding.is_equivalent_to(s.sharding, a.ndim), f"{config}: {name} is {a.sharding}"
         return jax.device_get(new.replace(key=None)), {k: v.item() for k, v in metrics.items()}
 
 

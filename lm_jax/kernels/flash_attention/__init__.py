@@ -4,6 +4,7 @@ from lm_jax.kernels.flash_attention.api import IMPLEMENTATIONS, flash_attention
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.implementation import ATTENDED
 from lm_jax.kernels.flash_attention.mask import PATTERNS, AttentionMask, LocalGlobal, Strided
+from lm_jax.kernels.flash_attention.ring import ring_order
 
 __all__ = [
     "ATTENDED",
@@ -16,4 +17,5 @@ __all__ = [
     "Slopes",
     "Strided",
     "flash_attention",
+    "ring_order",
 ]

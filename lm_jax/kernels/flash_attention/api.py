@@ -20,6 +20,7 @@ from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slo
 from lm_jax.kernels.flash_attention.implementation import Call, Implementation, Operands, Statics, split
 from lm_jax.kernels.flash_attention.mask import AttentionMask
 from lm_jax.sharding import (
+    CONTEXTS,
     axis_size,
     constrain,
     merge_dims,
@@ -38,7 +39,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 # Which are tried by default on a platform, the first that can serve a call taking it.
 DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}
 _ELSEWHERE = ("xla",)
-CONTEXTS = ("gather", "ring", "all_to_all")
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
