@@ -108,25 +108,26 @@ def test_parts_of_the_keys_make_a_whole(implementation: str, tolerance: float) -
     a = {n: x.astype(dtype) for n, x in arguments(shape, options).items()}
     mask = joined(packed(shape), window=45)
     want = expected({n: x.astype(np.float64) for n, x in a.items()}, mask, options)
-    with jax.enable_x64(not bare):
 
+    def together(a: dict[str, jax.Array]) -> dict[str, Any]:
         def call(first: int, size: int) -> Call:
             k, v, ids = (x[:, first : first + size] for x in (a["k"], a["v"], mask.kv_segment_ids))
             here = joined(mask, kv_segment_ids=ids, q_offset=-jnp.asarray(first, jnp.int32))
-            arrays = (jnp.asarray(x) for x in (a["q"], k, v))
-            sinks = jnp.asarray(a["sinks"]) if first == 0 else None
-            return Call(*arrays, here, options.scale, options.soft_cap, Slopes(jnp.asarray(a["bias"])), sinks)
+            sinks = a["sinks"] if first == 0 else None
+            return Call(a["q"], k, v, here, options.scale, options.soft_cap, Slopes(a["bias"]), sinks)
 
         calls = [call(0, 20), call(20, 24), call(44, 16)]
-        sums = Sums(jnp.zeros(a["q"].shape, dtype), jnp.full(a["q"].shape[:3], -jnp.inf, dtype))
+        sums = Sums(jnp.zeros_like(a["q"]), jnp.full_like(a["g_lse"], -jnp.inf))
         for c in calls:
             sums = sums.merged(Sums(*part.forward(c)[:2]))
-        d_lse = jnp.where(sums.lse_BTN == -jnp.inf, 0, a["g_lse"])
-        grads = [part.backward(c, *sums, None, jnp.asarray(a["g"]), d_lse) for c in calls]
+        grads = [part.backward(c, *sums, None, a["g"], a["g_lse"]) for c in calls]
         got = {"out": sums.out_BTNH, "lse": sums.lse_BTN, "d sinks": grads[0].sinks_N}
         got |= {"d q": sum(g.q_BTNH for g in grads), "d bias": sum(g.position_bias for g in grads)}
         got |= {"d k": jnp.concatenate([g.k_BSKH for g in grads], 1)}
-        got |= {"d v": jnp.concatenate([g.v_BSKH for g in grads], 1)}
+        return got | {"d v": jnp.concatenate([g.v_BSKH for g in grads], 1)}
+
+    with jax.enable_x64(not bare):
+        got = jax.jit(together)(a)
     assert set(got) == set(want)
     for name, x in got.items():
         x, y = np.asarray(x, np.float64), want[name]
