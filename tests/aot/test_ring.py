@@ -40,12 +40,12 @@ def compiled(devices: int, T: int) -> Any:
         return jax.jit(f).trace(q, k, k, q).lower(lowering_platforms=("tpu",)).compile()
 
 
-# Measured: 170 MiB of temporaries on 16 chips and 179 on 4, where the shorter loop is written out.
+# Measured: 151.9 MiB of temporaries on 16 chips and on 4.
 @pytest.mark.slow  # minutes
 def test_temporaries_do_not_grow_with_the_ring() -> None:
     few, many = compiled(4, 32768), compiled(16, 131072)
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (few, many)]
-    assert 0.9 < sizes[1] / sizes[0] < 1.1, sizes
+    assert 0.97 < sizes[1] / sizes[0] < 1.03, sizes
     text = many.as_text()
     for kernel in ("flash_attention_forward", "flash_attention_backward"):
         assert kernel in text, f"{kernel} is not in the program"
@@ -65,5 +65,5 @@ def test_keys_travel_while_the_kernels_compute() -> None:
             kernels += 1
         elif " collective-permute-done(" in line:
             hidden += kernels > 0
-    # Keys and values in the forward loop; the same and their gradients in the backward loop.
-    assert hidden >= 6, hidden
+    # Keys and values on the first step and in the loop forward; the same and their gradients in the loop backward.
+    assert hidden >= 8, hidden

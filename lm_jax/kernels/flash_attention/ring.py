@@ -239,13 +239,13 @@ class _Ring(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ both ways
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """The outcome over the keys so far."""
 
     out_BTNH: Array
     lse_BTN: Array
 
-    def merged(self, other: _Sums) -> _Sums:
+    def merged(self, other: Sums) -> Sums:
         """With that over other keys; zeros and -inf where neither has seen any."""
         highest = jnp.maximum(self.lse_BTN, other.lse_BTN)
         finite = jnp.where(highest == -jnp.inf, 0, highest)
@@ -254,23 +254,23 @@ class _Sums(NamedTuple):
         some = total != 0  # a NaN stays one
         inside = jnp.where(some, total, 1)
         out = self.out_BTNH * (mine / inside)[..., None] + other.out_BTNH * (others / inside)[..., None]
-        return _Sums(out, jnp.where(some, finite + jnp.log(inside), -jnp.inf))
+        return Sums(out, jnp.where(some, finite + jnp.log(inside), -jnp.inf))
 
 
 def _forward(implementation: Implementation, call: Call) -> tuple[Array, Array, None]:
     assert implementation.forward is not None
     forward, ring, dtype = implementation.forward, _Ring.of(call), _sums_dtype(call)
 
-    def compute(keys: _Keys, part: Part, sums: _Sums) -> _Sums:
+    def compute(keys: _Keys, part: Part, sums: Sums) -> Sums:
         out, lse, _ = forward(_call_of(call, keys, part))
-        here = _Sums(*(part.queries.of(x) for x in sums)).merged(_Sums(out.astype(dtype), lse.astype(dtype)))
-        return _Sums(*(part.queries.put(x, y) for x, y in zip(sums, here, strict=True)))
+        here = Sums(*(part.queries.of(x) for x in sums)).merged(Sums(out.astype(dtype), lse.astype(dtype)))
+        return Sums(*(part.queries.put(x, y) for x, y in zip(sums, here, strict=True)))
 
-    def step(s: Any, keys: _Keys, sums: _Sums) -> _Sums:
+    def step(s: Any, keys: _Keys, sums: Sums) -> Sums:
         return _each(ring.parts(s), functools.partial(compute, keys), sums)
 
     nothing = jnp.zeros_like(call.q_BTNH, dtype)
-    out, lse = ring.go(step, _Sums(nothing, nothing[..., 0] - jnp.inf))
+    out, lse = ring.go(step, Sums(nothing, nothing[..., 0] - jnp.inf))
     return out.astype(call.q_BTNH.dtype), lse, None
 
 
@@ -293,10 +293,15 @@ def _backward(
         )
 
     def step(s: Any, keys: _Keys, sums: Gradients) -> Gradients:
-        if not isinstance(s, int) or s > 0:
-            dk, dv = send_on((sums.k_BSKH, sums.v_BSKH), "length")  # after the keys that they belong to
-            sums = sums._replace(k_BSKH=dk, v_BSKH=dv)
-        return _each(ring.parts(s), functools.partial(compute, keys), sums)
+        todo = functools.partial(compute, keys)
+        if isinstance(s, int) and s == 0:
+            return _each(ring.parts(s), todo, sums)
+        so_far = sums.k_BSKH, sums.v_BSKH
+        dk, dv = send_on(so_far, "length")  # after the keys that they belong to
+        # Apart from those that arrive, so that nothing waits for them.
+        sums = sums._replace(k_BSKH=jnp.zeros_like(so_far[0]), v_BSKH=jnp.zeros_like(so_far[1]))
+        sums = _each(ring.parts(s), todo, sums)
+        return sums._replace(k_BSKH=sums.k_BSKH + dk, v_BSKH=sums.v_BSKH + dv)
 
     # In the order of `Gradients`; a part without sinks has no gradient of them.
     bias = None if call.position_bias is None else jax.tree.leaves(call.position_bias)[0]

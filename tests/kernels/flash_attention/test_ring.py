@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from lm_jax.kernels.flash_attention import AttentionMask, LocalGlobal, flash_attention
-from lm_jax.kernels.flash_attention.ring import parts_of, ring_order, steps_of
+from lm_jax.kernels.flash_attention import IMPLEMENTATIONS, AttentionMask, LocalGlobal, Slopes, flash_attention
+from lm_jax.kernels.flash_attention.implementation import Call
+from lm_jax.kernels.flash_attention.ring import Sums, parts_of, ring_order, steps_of
 from lm_jax.sharding import AXES
+from tests.kernels.flash_attention.cases import OPTIONS, Shape, arguments, expected, joined, packed
 
 MASKS = {
     "causal": AttentionMask(),
@@ -90,6 +92,56 @@ def test_a_window_goes_only_as_far_as_it_reaches() -> None:
     reach = {1: 1, 2: 2, 25: 2, 26: 3, 49: 3, 1000: 4}
     assert {w: steps_of(AttentionMask(window=w), 96, 4) for w in reach} == reach
     assert steps_of(AttentionMask(), 96, 4) == 4
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("implementation", "tolerance"), [("reference", 1e-12), ("xla", 1e-12), ("pallas_tpu", 3e-6)])
+def test_parts_of_the_keys_make_a_whole(implementation: str, tolerance: float) -> None:
+    """What a device does in a ring, without the ring: keys in three parts at traced distances, one of them unseen by
+    all, merged; and gradients a part from the outcome of the whole."""
+    part = IMPLEMENTATIONS[implementation]
+    assert part.forward is not None and part.backward is not None
+    bare, shape, options = implementation == "pallas_tpu", Shape(B=2, T=60, S=60, N=4, K=2), OPTIONS["all"]
+    dtype = np.float32 if bare else np.float64
+    a = {n: x.astype(dtype) for n, x in arguments(shape, options).items()}
+    mask = joined(packed(shape), window=45)
+    want = expected({n: x.astype(np.float64) for n, x in a.items()}, mask, options)
+
+    def together(a: dict[str, jax.Array]) -> dict[str, Any]:
+        def call(first: int, size: int) -> Call:
+            k, v, ids = (x[:, first : first + size] for x in (a["k"], a["v"], mask.kv_segment_ids))
+            here = joined(mask, kv_segment_ids=ids, q_offset=-jnp.asarray(first, jnp.int32))
+            sinks = a["sinks"] if first == 0 else None
+            return Call(a["q"], k, v, here, options.scale, options.soft_cap, Slopes(a["bias"]), sinks)
+
+        calls = [call(0, 20), call(20, 24), call(44, 16)]
+        sums = Sums(jnp.zeros_like(a["q"]), jnp.full_like(a["g_lse"], -jnp.inf))
+        for c in calls:
+            sums = sums.merged(Sums(*part.forward(c)[:2]))
+        grads = [part.backward(c, *sums, None, a["g"], a["g_lse"]) for c in calls]
+        got = {"out": sums.out_BTNH, "lse": sums.lse_BTN, "d sinks": grads[0].sinks_N}
+        got |= {"d q": sum(g.q_BTNH for g in grads), "d bias": sum(g.position_bias for g in grads)}
+        got |= {"d k": jnp.concatenate([g.k_BSKH for g in grads], 1)}
+        return got | {"d v": jnp.concatenate([g.v_BSKH for g in grads], 1)}
+
+    with jax.enable_x64(not bare):
+        got = jax.jit(together)(a)
+    assert set(got) == set(want)
+    for name, x in got.items():
+        x, y = np.asarray(x, np.float64), want[name]
+        assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(y), name
+
+
+def test_merging_knows_rows_that_see_nothing() -> None:
+    nothing = Sums(jnp.zeros((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf))
+    some = Sums(jnp.ones((1, 1, 1, 2)), jnp.full((1, 1, 1), 3.0))
+    for a, b in ((nothing, some), (some, nothing)):
+        for x, y in zip(a.merged(b), some, strict=True):
+            np.testing.assert_array_equal(x, y)
+    for x, y in zip(nothing.merged(nothing), nothing, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
