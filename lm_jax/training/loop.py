@@ -31,7 +31,9 @@ from lm_jax.training import terminal
 from lm_jax.training.checkpoint import Checkpointer, CheckpointReader
 from lm_jax.training.log import RunLog
 from lm_jax.training.manifest import compare
+from lm_jax.training.peers import Peers
 from lm_jax.training.preemption import StopSignal
+from lm_jax.training.profile import StepTrace
 from lm_jax.training.program import Program, make_program
 from lm_jax.training.report import versions
 from lm_jax.training.run import RunConfig
@@ -41,7 +43,11 @@ FINISHED, SAVED = 0, 75  # exit statuses: done; saved and not finished: start me
 
 
 def train(
-    config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str
+    config: RunConfig,
+    directory: epath.Path,
+    make_objective: Callable[[RunConfig], Objective],
+    command: str,
+    profile: range | None = None,
 ) -> int:
     """Trains until the run's last step, or until a signal asks to stop; goes on where an earlier process stopped.
 
@@ -50,12 +56,14 @@ def train(
       directory: where the run's files are; made if it is not there.
       make_objective: from the config with its vocabulary filled in, what to minimise.
       command: what starts this run again, for the report.
+      profile: the steps to trace.
 
     Returns:
       The exit status: `FINISHED` or `SAVED`.
     """
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------------------------ set-up
+        peers = stack.enter_context(Peers(directory))
         mesh = make_mesh(config.mesh)
         config.check_layout(mesh.size)
         stack.enter_context(jax.set_mesh(mesh))
@@ -79,6 +87,7 @@ def train(
         stack.push(log.left)
         _tell(*log.writer.notes)
         batches = stack.enter_context(_training_batches(program, data, rows, total - step))
+        trace = StepTrace(directory, profile, log.say)
 
         def evaluate() -> None:
             log.evaluation(step, rows, _evaluate(program, state, sets))
@@ -94,14 +103,17 @@ def train(
 
         # -------------------------------------------------------------------------------------------------------- steps
         log.start()
+        peers.stepping()
         stop = stack.enter_context(StopSignal())
         while step < total and not stop.should_stop(step):
             began = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - began if log.device_is_idle else 0.0
-            state, metrics = program.train_step(state, batch)
+            took = time.perf_counter() - began
+            waited = took if log.device_is_idle else 0.0
+            state, metrics = trace.run(step + 1, program.train_step, state, batch)
             step, rows = step + 1, rows + config.train.batch_size
             log.step(step, rows, metrics, waited)
+            peers.step(took, log.say)
             checkpoints.check()
             if config.evaluation.due(step, total) or checkpoints.due(step):
                 log.flush()
@@ -112,6 +124,7 @@ def train(
                 log.resume_clock()
 
         # ---------------------------------------------------------------------------------------------------------- end
+        trace.close()
         log.flush()
         save()
         checkpoints.wait()
