@@ -167,7 +167,8 @@ class Peers:
         self._stubbed = store is not None
         self._store = store or _jax_store()
         self._roll = Roll(range(1, self._count) if self._index == 0 else range(1), time.monotonic(), silent)
-        self._number, self._host, self._ended = 0, socket.gethostname(), None
+        self._number, self._host = 0, socket.gethostname()
+        self._ended: str | None = None
         self._own: collections.deque[float] = collections.deque(maxlen=25)
         self._slow: list[str] = []
         self._told = time.monotonic()
@@ -316,7 +317,7 @@ class Peers:
         sent = threading.Thread(target=self._send_quietly, daemon=True)
         sent.start()
         sent.join(_LINGER_SECONDS)
-        if self._index == 0 and error is not None and not isinstance(error, UserError):
+        if self._index == 0 and error is not None:  # the others may be about to tell the same mistake themselves
             time.sleep(_LINGER_SECONDS)
 
     def _send_quietly(self) -> None:
@@ -343,9 +344,13 @@ class Peers:
         why = self._verdict
         if why is None:
             quietest = self._roll.quietest(time.monotonic())
-            index, peer, quiet = quietest or (0, self._roll.peers.get(0, Peer(0.0)), 0.0)
-            gone = "is gone" if quiet < _FAREWELL_SECONDS else f"is gone, or has been silent for {quiet:.0f} s"
-            why = f"process {index} on {peer.host} {gone}"
+            if quietest is not None and quietest[2] > _FAREWELL_SECONDS:
+                index, peer, quiet = quietest
+                why = f"process {index} on {peer.host} has been silent for {quiet:.0f} s: it died, hangs, or is cut off"
+            elif self._index > 0 and not _coordinator_answers():
+                why = f"process 0 on {self._roll.peers[0].host} is gone"
+            else:
+                why = f"process {self._index} on {self._host}, this one, aborted: the lines above say why"
         self._end(why, dumped=True)
 
 
@@ -356,6 +361,20 @@ def _jax_store() -> Store | None:
     from jax._src import distributed  # no public name leads to the store; orbax takes it from here too
 
     return distributed.global_state.client
+
+
+def _coordinator_answers() -> bool:
+    """Whether anybody listens where process 0 should; a process that is dying may do so a moment longer."""
+    from jax._src import distributed
+
+    host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
+    for _ in range(3):
+        time.sleep(0.3)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except (OSError, ValueError):
+            return False
+    return True
 
 
 def _may_be_a_peer(error: BaseException) -> bool:

@@ -127,7 +127,7 @@ def test_two_tasks_of_slurm_train(tmp_path: Path) -> None:
         processes=2,
         devices=1,
         slurm=True,
-        options=["--config.train.steps=3", "--config.evaluation.every=None"],
+        options=["--config.train.steps=3", "--config.evaluation.every=None", "--profile_steps=2:3"],
         env={"LM_JAX_CACHE": str(tmp_path / "cache")},
     )
     try:
@@ -135,4 +135,6 @@ def test_two_tasks_of_slurm_train(tmp_path: Path) -> None:
     finally:
         job.kill()
     assert "SLURM: one of 2 processes" in job.said(0) and "SLURM" not in job.said(1)
+    traces = jobs.names(tmp_path / "run/profile/plugins/profile/steps_2_3")
+    assert traces == ["process_0.xplane.pb", "process_1.xplane.pb"]
     assert "2 x cpu: data 2" in job.said(0) and jobs.last_step(tmp_path / "run") == 3

@@ -188,6 +188,16 @@ def test_a_slow_host_is_told_by_the_first_process(make: Make) -> None:
     assert lines[0].startswith("process 1 on ") and "0.40 s a step, the others 0.01 s" in lines[0]
 
 
+def test_an_abort_says_whose_it_is(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax's client aborts where process 0 is gone; a fault of this process itself is not laid to another's door."""
+    for index, answers, words in ((1, False, "process 0 on "), (2, True, "this one, aborted")):
+        monkeypatch.setattr(module, "_coordinator_answers", lambda answers=answers: answers)
+        peers = make(index)
+        peers._on_abort(signal.SIGABRT)
+        assert peers.left == [1]  # type: ignore[attr-defined]
+        assert words in (tmp_path / f"stacks-{index}.txt").read_text("utf-8").splitlines()[0]
+
+
 def test_one_process_watches_nobody(tmp_path: Path) -> None:
     before = threading.active_count()
     with Peers(epath.Path(tmp_path)) as peers:
