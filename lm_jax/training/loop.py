@@ -103,7 +103,7 @@ def train(
 
         # -------------------------------------------------------------------------------------------------------- steps
         log.start()
-        peers.stepping()
+        stack.enter_context(peers.stepping())
         stop = stack.enter_context(StopSignal())
         while step < total and not stop.should_stop(step):
             began = time.perf_counter()

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -189,10 +189,24 @@ class Peers:
                 threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True).start()
         return self
 
-    def stepping(self) -> None:
-        """From now on a peer's silence counts."""
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """From now on a peer's silence counts. The body is what may fail of it."""
         self._roll.forgive(time.monotonic())
         self._stepping = True
+        try:
+            yield
+        except BaseException as e:  # what is closed on the way out may wait for the peer that is gone
+            self._note(e)
+            raise
+
+    def _note(self, error: BaseException | None) -> bool:
+        """Whether an error may be a peer's doing. A connection broke then, and a short silence is enough."""
+        if self._count == 1 or error is None or not _may_be_a_peer(error):
+            return False
+        self._error = self._error or "".join(traceback.format_exception(error))
+        self._roll.silent = min(self._silent, _BROKEN_SECONDS)
+        return True
 
     def step(self, seconds: float, say: Callable[[str], Any]) -> None:
         """Takes what a step's batch cost this process, and says which processes are slow, where any are."""
@@ -206,10 +220,7 @@ class Peers:
         del kind, trace
         if self._count == 1 or self._store is None:
             return
-        if error is not None and _may_be_a_peer(error):
-            # A connection broke, or a collective gave up: whose fault it was shows soon. `_judge` ends the process.
-            self._error = "".join(traceback.format_exception(error))
-            self._roll.silent = min(self._silent, _BROKEN_SECONDS)
+        if self._note(error):  # whose fault it was shows soon, and `_judge` ends the process
             self._stop.wait(_BROKEN_SECONDS + 2 * _FAREWELL_SECONDS)
         self._stop.set()
         if not self._stubbed:

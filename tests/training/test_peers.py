@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -104,6 +105,15 @@ def make(tmp_path: Path, fast: None) -> Iterator[Make]:
         peers._stop.set()
 
 
+def _step(peers: Peers) -> None:
+    """Enters `stepping`, for good."""
+    _entered.append(peers.stepping())
+    _entered[-1].__enter__()
+
+
+_entered: list[Any] = []
+
+
 def until(holds: Callable[[], object], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not holds():
@@ -115,7 +125,7 @@ def test_all_name_the_one_that_fell_silent(make: Make, tmp_path: Path, capfd: py
     three = [make(i) for i in range(3)]
     for peers in three:
         peers.__enter__()
-        peers.stepping()
+        _step(peers)
     time.sleep(0.5)
     assert [peers.left for peers in three] == [[], [], []]  # type: ignore[attr-defined]
     three[2]._stop.set()  # dead
@@ -132,7 +142,7 @@ def test_before_the_first_step_silence_does_not_end(make: Make) -> None:
     peers.__enter__()
     time.sleep(1.5)
     assert peers.left == []  # type: ignore[attr-defined]
-    peers.stepping()
+    _step(peers)
     until(lambda: peers.left == [1])  # type: ignore[attr-defined]
 
 
@@ -153,7 +163,7 @@ def test_a_failure_of_its_own_is_told_to_the_others(make: Make, tmp_path: Path) 
     three = [make(i) for i in range(3)]
     for peers in three:
         peers.__enter__()
-        peers.stepping()
+        _step(peers)
     began = time.monotonic()
     three[2].__exit__(Failure, Failure("disk full"), None)
     assert time.monotonic() - began < 0.5  # nothing to wait for
@@ -165,7 +175,7 @@ def test_who_finishes_is_not_missed(make: Make) -> None:
     three = [make(i) for i in range(3)]
     for peers in three:
         peers.__enter__()
-        peers.stepping()
+        _step(peers)
     three[2].__exit__(None, None, None)
     three[1].__exit__(None, None, None)
     time.sleep(1.6)
@@ -176,7 +186,7 @@ def test_a_slow_host_is_told_by_the_first_process(make: Make) -> None:
     three, lines = [make(i) for i in range(3)], []
     for index, peers in enumerate(three):
         peers.__enter__()
-        peers.stepping()
+        _step(peers)
         for _ in range(5):
             peers.step(0.4 if index == 1 else 0.01, lines.append)
 
@@ -200,8 +210,7 @@ def test_an_abort_says_whose_it_is(make: Make, tmp_path: Path, monkeypatch: pyte
 
 def test_one_process_watches_nobody(tmp_path: Path) -> None:
     before = threading.active_count()
-    with Peers(epath.Path(tmp_path)) as peers:
-        peers.stepping()
+    with Peers(epath.Path(tmp_path)) as peers, peers.stepping():
         peers.step(1.0, print)
         assert threading.active_count() == before
 
