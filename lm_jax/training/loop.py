@@ -39,15 +39,12 @@ from lm_jax.training.report import versions
 from lm_jax.training.run import RunConfig
 from lm_jax.training.state import TrainState
 
+MakeObjective = Callable[[RunConfig], Objective]
 FINISHED, SAVED = 0, 75  # exit statuses: done; saved and not finished: start me again
 
 
 def train(
-    config: RunConfig,
-    directory: epath.Path,
-    make_objective: Callable[[RunConfig], Objective],
-    command: str,
-    profile: range | None = None,
+    config: RunConfig, directory: epath.Path, make_objective: MakeObjective, command: str, profile: range | None = None
 ) -> int:
     """Trains until the run's last step, or until a signal asks to stop; goes on where an earlier process stopped.
 
@@ -67,27 +64,23 @@ def train(
         mesh = make_mesh(config.mesh)
         config.check_layout(mesh.size)
         stack.enter_context(jax.set_mesh(mesh))
-        if jax.process_index() == 0:
-            stack.enter_context(paths.lock(directory))
+        stack.enter_context(paths.lock(directory) if jax.process_index() == 0 else contextlib.nullcontext())
         data = prepare(config.data, length=config.train.length, seed=config.train.seed)
         config = config.with_vocab(data.tokenizer.vocab_size)
         sets = _evaluation_sets(config, data)
-        _prompt(config, data)  # a mistake in it shows before anything compiles
         program = make_program(config, mesh, make_objective(config))
-        about = [f"{mesh.size} x {jax.devices()[0].device_kind}: {_layout(mesh)}", data.description, *data.notes]
-        about.append(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
         # --------------------------------------------------------------------------------------------- state or restore
         checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
         stack.callback(checkpoints.close)
-        state, step, rows = _start(program, checkpoints, data, about)
+        state, step, rows = _start(program, checkpoints, data, _about(program, data))
         total = config.train.total_steps
         facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
         stack.push(log.left)
         _tell(*log.writer.notes)
         batches = stack.enter_context(_training_batches(program, data, rows, total - step))
-        trace = StepTrace(directory, profile, log.say)
+        trace = stack.enter_context(StepTrace(directory, profile, log.say))
 
         def evaluate() -> None:
             log.evaluation(step, rows, _evaluate(program, state, sets))
@@ -124,7 +117,6 @@ def train(
                 log.resume_clock()
 
         # ---------------------------------------------------------------------------------------------------------- end
-        trace.close()
         log.flush()
         save()
         checkpoints.wait()
@@ -145,8 +137,16 @@ def _layout(mesh: jax.sharding.Mesh) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
+def _about(program: Program, data: Prepared) -> list[str]:
+    """What the user is told at the start, a line each."""
+    layout = f"{program.mesh.size} x {jax.devices()[0].device_kind}: {_layout(program.mesh)}"
+    size = f"{terminal.count(count(program.specs))} parameters, {program.config.train.total_steps} steps"
+    return [layout, data.description, *data.notes, size]
+
+
 def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
     """The held-out text (under the empty name) and the further sets of the config, by name."""
+    _prompt(config, data)  # a mistake in it shows before anything compiles
     sets = {} if data.held_out is None else {"": data.held_out}
     for name, source in config.evaluation.sets.items():
         sets[name] = prepare_evaluation(

@@ -196,7 +196,7 @@ class Peers:
         self._stepping = True
         try:
             yield
-        except BaseException as e:  # what is closed on the way out may wait for the peer that is gone
+        except Exception as e:  # what is closed on the way out may wait for the peer that is gone
             self._note(e)
             raise
 

@@ -54,6 +54,12 @@ class StepTrace:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._done: list[int] = []
 
+    def __enter__(self) -> StepTrace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def run(self, number: int, step: Callable[..., Any], *args: Any) -> Any:
         """`step(*args)`, which is the step of that number."""
         if number not in self._steps:

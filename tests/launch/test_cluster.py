@@ -136,5 +136,5 @@ def test_two_tasks_of_slurm_train(tmp_path: Path) -> None:
         job.kill()
     assert "SLURM: one of 2 processes" in job.said(0) and "SLURM" not in job.said(1)
     traces = jobs.names(tmp_path / "run/profile/plugins/profile/steps_2_3")
-    assert traces == ["process_0.xplane.pb", "process_1.xplane.pb"]
+    assert {"process_0.xplane.pb", "process_1.xplane.pb"} <= set(traces)
     assert "2 x cpu: data 2" in job.said(0) and jobs.last_step(tmp_path / "run") == 3

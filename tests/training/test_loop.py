@@ -425,4 +425,7 @@ def test_steps_are_traced(text: Path, tmp_path: Path) -> None:
     config, directory = small(text, evaluation__every=None, train__steps=4), tmp_path / "run"
     status = loop.train(config, paths.run_path(str(directory)), objective, "", profile=range(2, 4))
     assert status == loop.FINISHED and jobs.last_step(directory) == 4
-    assert jobs.names(directory / "profile/plugins/profile/steps_2_3") == ["process_0.xplane.pb"]
+    assert jobs.names(directory / "profile/plugins/profile/steps_2_3") == [
+        "process_0.trace.json.gz",
+        "process_0.xplane.pb",
+    ]

@@ -28,12 +28,11 @@ def test_other_values_are_refused(text: str) -> None:
 def traced(folder: Path, steps: range | None, run: range) -> tuple[list[Path], list[str]]:
     """The trace's files after some steps, and what was told."""
     lines: list[str] = []
-    trace = StepTrace(epath.Path(folder), steps, lines.append)
     add = jax.jit(lambda x: x @ x + 1)
     x = jnp.ones((64, 64))
-    for number in run:
-        x = trace.run(number, add, x)
-    trace.close()
+    with StepTrace(epath.Path(folder), steps, lines.append) as trace:
+        for number in run:
+            x = trace.run(number, add, x)
     return sorted(folder.rglob("*.pb")), lines
 
 
