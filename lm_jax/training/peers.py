@@ -276,7 +276,8 @@ class Peers:
             now = time.monotonic()
             if last and now - last > self._silent / 2:
                 self._still = now - last
-                self._roll.forgive(now)
+                # If all of the job stood still, the others are heard soon.
+                self._roll.forgive(now - max(0.0, self._silent - _BROKEN_SECONDS))
             last = now
             if not self._stepping and not self._error:
                 continue
