@@ -52,12 +52,23 @@ Main = Callable[..., int | None]  # main(), or main(config)
 
 def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False) -> NoReturn:
     """Runs a launcher's `main` on this process's command line, and exits with what it returns (None is 0)."""
-    code = status(main, flag_values, sys.argv, config=config)
-    jax = sys.modules.get("jax")
-    if code in (USER_MISTAKE, FAILED) and jax is not None and jax.distributed.is_initialized():
+    try:
+        code = status(main, flag_values, sys.argv, config=config)
+    except Exception:
+        if not _one_of_many():
+            raise
+        traceback.print_exc()
+        code = FAILED
+    if code in (USER_MISTAKE, FAILED) and _one_of_many():
         # Leaving in good order would wait for the job's other processes, which wait for this one.
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _one_of_many() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def status(main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, config: bool = False) -> int:

@@ -7,27 +7,36 @@ import ctypes
 import math
 import os
 import signal
+import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from lm_jax.errors import UserError
+from lm_jax.errors import Failure, UserError
 
 if TYPE_CHECKING:
+    from launch.cluster import Cluster
     from lm_jax.training.run import RunConfig
 
 NOT_FINISHED = 75  # the exit status that asks to be started again
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
-_PEER_SILENT_SECONDS = 30  # a peer that says nothing for so long has died
+_PEER_SILENT_SECONDS = 40  # jax ends the job then; training/peers.py, which says who is gone, comes before it
 
 
 def define_process_flags(values: flags.FlagValues) -> None:
-    """The flags by which the processes of a job find each other; none of them for a job of one process."""
+    """The flags by which the processes of a job find each other; none of them for a job of one process, and where
+    a cluster says it (launch/cluster.py)."""
     flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of the first of the job's processes", flag_values=values
     )
-    flags.DEFINE_integer("num_processes", None, "how many processes the job has", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "how many processes the job has; 1 alone: do not look for others",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
 
 
@@ -47,25 +56,49 @@ def start(values: flags.FlagValues, config: RunConfig) -> None:
     """Makes the devices of the job known to JAX. To be called once, before any of them is touched.
 
     Raises:
-      UserError: where the process flags do not fit together.
+      UserError: where the process flags do not fit together, or a cluster does not say enough.
     """
     import jax
 
+    from launch import cluster
+
     given: dict[str, Any] = {name: values[name].value for name in _PROCESS_FLAGS}
     missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    alone = given["num_processes"] == 1 and len(missing) == 2
+    if missing and len(missing) < len(given) and not alone:
         raise UserError(f"--{missing[0]} is missing: coordinator_address, num_processes and process_id go together")
     if not missing and given["process_id"] >= given["num_processes"]:
         raise UserError(
             f"--process_id={given['process_id']} is out of range: {given['num_processes']} processes count from 0"
         )
-    processes = given["num_processes"] or 1
+    found = cluster.find() if len(missing) == len(given) else None
+    processes = found.processes if found else given["num_processes"] or 1
     keep_freed_memory()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cpu_devices(config, processes))
     use_compilation_cache()
     if not missing:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_PEER_SILENT_SECONDS)
+    elif found is not None:
+        _connect(found)
+
+
+def _connect(found: Cluster) -> None:
+    """Finds the other processes as the cluster says."""
+    import jax
+
+    if found.process == 0:
+        print(
+            f"{found.name}: one of {found.processes} processes, found by the environment", file=sys.stderr, flush=True
+        )
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=_PEER_SILENT_SECONDS)
+    except (RuntimeError, ValueError, OSError) as e:
+        raise Failure(
+            f"process {found.process} of {found.processes} ({found.name}) did not find the others: "
+            f"{(str(e).strip() or type(e).__name__).splitlines()[0]}\n"
+            "give --coordinator_address, --num_processes and --process_id, or --num_processes=1 to run alone"
+        ) from e
 
 
 def cpu_devices(config: RunConfig, processes: int = 1) -> int:

@@ -15,16 +15,24 @@ FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "the run's folder (local, gs:// or s3://)", required=True, flag_values=FLAGS
 )
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "FIRST:LAST, both included: an XProf trace of these steps, in WORKDIR/profile",
+    flag_values=FLAGS,
+)
 runtime.define_process_flags(FLAGS)
 
 
 def main(config: ConfigDict) -> int:
     from lm_jax.config import build
     from lm_jax.paths import run_path
+    from lm_jax.training.profile import parse_steps
     from lm_jax.training.run import RunConfig
 
     run = build(RunConfig, config)
     directory = run_path(WORKDIR.value)
+    profile = None if PROFILE_STEPS.value is None else parse_steps(PROFILE_STEPS.value, run.train.total_steps)
     runtime.start(FLAGS, run)
 
     from launch.fit import fitted
@@ -36,7 +44,7 @@ def main(config: ConfigDict) -> int:
     def objective(c: RunConfig) -> Objective:
         return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat, layout=c.mesh.layout)
 
-    return train(fitted(run), directory, objective, command_line())
+    return train(fitted(run), directory, objective, command_line(), profile)
 
 
 if __name__ == "__main__":

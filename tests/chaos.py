@@ -302,7 +302,7 @@ class Run:
         need(not other and len(leaves) == len(self.reference.leaves), f"leaves of the last checkpoint differ: {other}")
         left = [n for n in jobs.names(self.workdir / "checkpoints") if not n.isdecimal()]
         allowed = {".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "report.md", "tensorboard"}
-        left += [n for n in jobs.names(self.workdir) if n not in allowed]
+        left += [n for n in jobs.names(self.workdir) if n not in allowed and not n.startswith("stacks-")]
         left += [n for n in jobs.names(self.cache / "data") if ".tmp-" in n]
         need(not left, f"left behind: {left}")
 

@@ -18,6 +18,7 @@ from lm_jax import costs
 from lm_jax.config import redact, to_dict
 from lm_jax.errors import Failure
 from lm_jax.training.metrics import MetricsWriter, WandbWriter, evaluation_values, peak_memory_bytes, speed
+from lm_jax.training.pace import Pace
 from lm_jax.training.report import Report, Samples, write_config
 from lm_jax.training.run import RunConfig
 from lm_jax.training.terminal import Progress, visible
@@ -60,6 +61,7 @@ class RunLog:
         self._max_bad_steps = train.max_bad_steps
         self._waiting: tuple[int, int, dict[str, jax.Array], float] | None = None
         self._since = time.perf_counter()
+        self._pace = Pace()
 
     def say(self, line: str) -> None:
         """A line to whoever watches."""
@@ -113,6 +115,8 @@ class RunLog:
         self.writer.write(record)
         if self.progress is not None:
             self.progress.update(record)
+        if slow := self._pace.step(step, seconds):
+            self.say(slow)
         if (bad := int(values["bad_steps"])) >= self._max_bad_steps:
             raise RunFailed(
                 f"{bad} steps in a row had a loss or gradient that is not finite; none of them was applied\n"
@@ -123,6 +127,7 @@ class RunLog:
     def resume_clock(self) -> None:
         """Leaves what has happened since the last step (an evaluation, a save) out of the next step's seconds."""
         self._since = time.perf_counter()
+        self._pace.rest()
 
     def evaluation(self, step: int, rows: int, results: Mapping[str, tuple[float, int, float]]) -> None:
         """Writes an evaluation.

@@ -31,17 +31,20 @@ from lm_jax.training import terminal
 from lm_jax.training.checkpoint import Checkpointer, CheckpointReader
 from lm_jax.training.log import RunLog
 from lm_jax.training.manifest import compare
+from lm_jax.training.peers import Peers
 from lm_jax.training.preemption import StopSignal
+from lm_jax.training.profile import StepTrace
 from lm_jax.training.program import Program, make_program
 from lm_jax.training.report import versions
 from lm_jax.training.run import RunConfig
 from lm_jax.training.state import TrainState
 
+MakeObjective = Callable[[RunConfig], Objective]
 FINISHED, SAVED = 0, 75  # exit statuses: done; saved and not finished: start me again
 
 
 def train(
-    config: RunConfig, directory: epath.Path, make_objective: Callable[[RunConfig], Objective], command: str
+    config: RunConfig, directory: epath.Path, make_objective: MakeObjective, command: str, profile: range | None = None
 ) -> int:
     """Trains until the run's last step, or until a signal asks to stop; goes on where an earlier process stopped.
 
@@ -50,35 +53,34 @@ def train(
       directory: where the run's files are; made if it is not there.
       make_objective: from the config with its vocabulary filled in, what to minimise.
       command: what starts this run again, for the report.
+      profile: the steps to trace.
 
     Returns:
       The exit status: `FINISHED` or `SAVED`.
     """
     with contextlib.ExitStack() as stack:
         # ------------------------------------------------------------------------------------------------------ set-up
+        peers = stack.enter_context(Peers(directory))
         mesh = make_mesh(config.mesh)
         config.check_layout(mesh.size)
         stack.enter_context(jax.set_mesh(mesh))
-        if jax.process_index() == 0:
-            stack.enter_context(paths.lock(directory))
+        stack.enter_context(paths.lock(directory) if jax.process_index() == 0 else contextlib.nullcontext())
         data = prepare(config.data, length=config.train.length, seed=config.train.seed)
         config = config.with_vocab(data.tokenizer.vocab_size)
         sets = _evaluation_sets(config, data)
-        _prompt(config, data)  # a mistake in it shows before anything compiles
         program = make_program(config, mesh, make_objective(config))
-        about = [f"{mesh.size} x {jax.devices()[0].device_kind}: {_layout(mesh)}", data.description, *data.notes]
-        about.append(f"{terminal.count(count(program.specs))} parameters, {config.train.total_steps} steps")
 
         # --------------------------------------------------------------------------------------------- state or restore
         checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint, _tell)
         stack.callback(checkpoints.close)
-        state, step, rows = _start(program, checkpoints, data, about)
+        state, step, rows = _start(program, checkpoints, data, _about(program, data))
         total = config.train.total_steps
         facts = {"parameters": f"{count(program.specs):,}", "data": data.description, "mesh": _layout(mesh)}
         log = RunLog(config, directory, start_step=step, command=command, facts=facts)
         stack.push(log.left)
         _tell(*log.writer.notes)
         batches = stack.enter_context(_training_batches(program, data, rows, total - step))
+        trace = stack.enter_context(StepTrace(directory, profile, log.say))
 
         def evaluate() -> None:
             log.evaluation(step, rows, _evaluate(program, state, sets))
@@ -94,14 +96,17 @@ def train(
 
         # -------------------------------------------------------------------------------------------------------- steps
         log.start()
+        stack.enter_context(peers.stepping())
         stop = stack.enter_context(StopSignal())
         while step < total and not stop.should_stop(step):
             began = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - began if log.device_is_idle else 0.0
-            state, metrics = program.train_step(state, batch)
+            took = time.perf_counter() - began
+            waited = took if log.device_is_idle else 0.0
+            state, metrics = trace.run(step + 1, program.train_step, state, batch)
             step, rows = step + 1, rows + config.train.batch_size
             log.step(step, rows, metrics, waited)
+            peers.step(took, log.say)
             checkpoints.check()
             if config.evaluation.due(step, total) or checkpoints.due(step):
                 log.flush()
@@ -132,8 +137,16 @@ def _layout(mesh: jax.sharding.Mesh) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
+def _about(program: Program, data: Prepared) -> list[str]:
+    """What the user is told at the start, a line each."""
+    layout = f"{program.mesh.size} x {jax.devices()[0].device_kind}: {_layout(program.mesh)}"
+    size = f"{terminal.count(count(program.specs))} parameters, {program.config.train.total_steps} steps"
+    return [layout, data.description, *data.notes, size]
+
+
 def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
     """The held-out text (under the empty name) and the further sets of the config, by name."""
+    _prompt(config, data)  # a mistake in it shows before anything compiles
     sets = {} if data.held_out is None else {"": data.held_out}
     for name, source in config.evaluation.sets.items():
         sets[name] = prepare_evaluation(

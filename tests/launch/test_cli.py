@@ -261,3 +261,24 @@ def test_nothing_slow_is_loaded_before_main() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_an_unknown_error_ends_one_of_many_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leaving in good order would wait for processes that wait for this one."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(f"at once: {status}")
+
+    def fault(*_: object, **__: object) -> int:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(cli, "status", fault)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(RuntimeError, match="a fault"):  # alone: Python's own way
+        cli.run(lambda: 0, flags.FlagValues())
+    monkeypatch.setattr(cli, "_one_of_many", lambda: True)
+    with pytest.raises(SystemExit, match="at once: 1"):
+        cli.run(lambda: 0, flags.FlagValues())
+    assert "RuntimeError: a fault" in capsys.readouterr().err

@@ -62,6 +62,9 @@ MISTAKES = {
     "too many passes": Mistake("--config.train.steps=100000", ("data.max_epochs", "passes")),
     "too few ids": Mistake("--config.model.vocab=100", ("model.vocab", "100", "257")),
     "no such run to start from": Mistake("--config.train.init_from={tmp}/none", ("no checkpoint", "none")),
+    "steps to trace backwards": Mistake("--profile_steps=15:10", ("--profile_steps=15:10", "10:15")),
+    "steps to trace that are none": Mistake("--profile_steps=x", ("--profile_steps=x", "FIRST:LAST")),
+    "steps to trace beyond the run": Mistake("--profile_steps=70:81", ("70:81", "ends at step 80")),
     "half of the process flags": Mistake("--num_processes=2", ("coordinator_address",)),
 }
 STARTED = (
@@ -110,7 +113,7 @@ def test_a_mistake(
         status = cli.status(train.main, train.FLAGS, command, config=True)
     finally:
         train.FLAGS.unparse_flags()
-        for flag in ("coordinator_address", "num_processes", "process_id"):
+        for flag in ("coordinator_address", "num_processes", "process_id", "profile_steps"):
             train.FLAGS[flag].value = None
     captured = capfd.readouterr()
     check(MISTAKES[name], status, captured.out, captured.err)

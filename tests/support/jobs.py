@@ -31,6 +31,7 @@ class Job:
       options: further arguments.
       devices: how many CPU devices each process makes (None: as many as it finds best).
       env: environment variables that go over all others.
+      slurm: whether the processes find each other as SLURM's do, instead of by flags.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Job:
         options: Sequence[str] = (),
         devices: int | None = None,
         env: Mapping[str, str] | None = None,
+        slurm: bool = False,
     ) -> None:
         command = [sys.executable, "-m", "launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
         command += [f"--config.data.source={source}", *options]
@@ -53,8 +55,8 @@ class Job:
         port = free_port()
         self.processes = []
         for i, log in enumerate(self.logs):
-            mine = command
-            if processes > 1:
+            mine, cluster = command, slurm_task(i, processes, port) if slurm else {}
+            if processes > 1 and not slurm:
                 mine = [*command, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
                 mine.append(f"--process_id={i}")
             with log.open("w") as out:
@@ -62,7 +64,7 @@ class Job:
                     subprocess.Popen(
                         mine,
                         cwd=ROOT,
-                        env=environment(devices, env),
+                        env=environment(devices, {**(env or {}), **cluster}),
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=subprocess.STDOUT,
@@ -124,6 +126,13 @@ class Job:
         self.strike(signal.SIGKILL, range(len(self.processes)))
         for process in self.processes:
             process.wait()
+
+
+def slurm_task(index: int, count: int, port: int) -> dict[str, str]:
+    """The environment that `srun` gives to a task, all of them on this machine."""
+    values = {"JOB_ID": 4711, "STEP_NODELIST": "127.0.0.1", "NTASKS": count, "STEP_NUM_TASKS": count}
+    values |= {"PROCID": index, "LOCALID": index}
+    return {f"SLURM_{k}": str(v) for k, v in values.items()} | {"JAX_COORDINATOR_PORT": str(port)}
 
 
 def free_port() -> int:

@@ -419,3 +419,13 @@ def test_a_text_without_documents_is_refused(tmp_path: Path) -> None:
 def test_numbers_survive_the_way_to_the_file(whole: Path) -> None:
     losses = [np.float32(r["loss"]) for r in records(whole, "step")]
     assert [float(x) for x in losses] == [r["loss"] for r in records(whole, "step")]  # float32, no digit rounded away
+
+
+def test_steps_are_traced(text: Path, tmp_path: Path) -> None:
+    config, directory = small(text, evaluation__every=None, train__steps=4), tmp_path / "run"
+    status = loop.train(config, paths.run_path(str(directory)), objective, "", profile=range(2, 4))
+    assert status == loop.FINISHED and jobs.last_step(directory) == 4
+    assert jobs.names(directory / "profile/plugins/profile/steps_2_3") == [
+        "process_0.trace.json.gz",
+        "process_0.xplane.pb",
+    ]
