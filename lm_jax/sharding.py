@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.errors import ConfigError
@@ -151,9 +152,26 @@ MESH = MeshConfig()
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config over the devices given (all there are, if none are). Enter it with `jax.set_mesh`."""
+    """The mesh of a config over the devices given (all there are, if none are). Enter it with `jax.set_mesh`.
+
+    Where the devices come in slices that only a network joins, `data` takes the slices as its outer part, so that all
+    other axes, and the rest of `data`, stay within one: fsdp then is hierarchical, its weights gathered within a slice
+    and its gradients, already split, summed over the slices.
+
+    Raises:
+      ConfigError: where the axes do not take exactly the devices there are, or would cross slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            near = max(1, round(sizes[0] / slices)) * slices
+            problem = f"{sizes[0]} cannot be split over {slices} slices, and no other axis may cross their network"
+            raise ConfigError("mesh.data", problem, f"the nearest that fits is {near}")
+        inner = (sizes[0] // slices, *sizes[1:])
+        placed = create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled
     # out.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
