@@ -68,7 +68,7 @@ def parallelism_holds() -> None:
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
     for ax, (name, config) in zip(axes.flat, layouts.items(), strict=False):
         rows = _split(config)
-        for y, (what, is_split) in enumerate(rows.items()):
+        for y, is_split in enumerate(rows.values()):
             colour = STATE if y < 3 else ACTIVATIONS
             for device in range(4):
                 left, width = device + 0.08, 0.84
