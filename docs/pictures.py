@@ -12,14 +12,18 @@ matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.hashsalt": "lm_jax", "svg.fonttype": "none"}  # small, and the same file every time
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
 from lm_jax.kernels.flash_attention.mask import AttentionMask, LocalGlobal  # noqa: E402
+from lm_jax.kernels.flash_attention.ring import parts_of, ring_order  # noqa: E402
 from lm_jax.kernels.flash_attention.schedule import tile_kinds  # noqa: E402
+from lm_jax.sharding import AXES, MeshConfig, partition  # noqa: E402
 
 FOLDER = Path(__file__).parent / "pictures"
 LENGTH, TILE = 8192, 512
 COLOURS = {"not computed": "#eef1f4", "computed and masked": "#f0a202", "computed without a mask": "#2a6f97"}
+EMPTY, STATE, ACTIVATIONS = "#eef1f4", "#2a6f97", "#f0a202"
+DEVICES = ("#2a6f97", "#b7770d", "#4f7a35", "#bc4b51")  # white text can be read on each
 
 
 def attention_schedule() -> None:
@@ -49,6 +53,124 @@ def attention_schedule() -> None:
     save(figure, "attention_schedule")
 
 
+def parallelism_holds() -> None:
+    """What each of four devices holds between and within steps, a panel a layout, asked of the table of layouts."""
+    layouts = {
+        "data=4": MeshConfig(data=4),
+        "fsdp=4, zero=1": MeshConfig(data=1, fsdp=4, zero=1),
+        "fsdp=4, zero=2": MeshConfig(data=1, fsdp=4, zero=2),
+        "fsdp=4, zero=3": MeshConfig(data=1, fsdp=4),
+        "tensor=4": MeshConfig(data=1, tensor=4),
+        "tensor=4, split_residual": MeshConfig(data=1, tensor=4, split_residual=True),
+        "sequence=4": MeshConfig(data=1, sequence=4),
+    }
+    figure, axes = plt.subplots(2, 4, figsize=(12, 5.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
+    for ax, (name, config) in zip(axes.flat, layouts.items(), strict=False):
+        rows = _split(config)
+        for y, is_split in enumerate(rows.values()):
+            colour = STATE if y < 3 else ACTIVATIONS
+            for device in range(4):
+                left, width = device + 0.08, 0.84
+                ax.add_patch(Rectangle((left, y + 0.16), width, 0.68, color=EMPTY if is_split else colour, linewidth=0))
+                if is_split:
+                    quarter = left + device * width / 4
+                    ax.add_patch(Rectangle((quarter, y + 0.16), width / 4, 0.68, color=colour, linewidth=0))
+        ax.set_title(name, fontsize=11)
+        ax.set(xlim=(0, 4), ylim=(len(rows), 0))
+        ax.set_xticks(np.arange(4) + 0.5, [f"device {i}" for i in range(4)], fontsize=8)
+        ax.set_yticks(np.arange(len(rows)) + 0.5, list(rows) if ax in axes[:, 0] else [], fontsize=10)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    handles = [
+        Patch(color=STATE, label="of the model, held here"),
+        Patch(color=ACTIVATIONS, label="of the batch, held here"),
+        Patch(color=EMPTY, label="held elsewhere"),
+    ]
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(handles=handles, loc="center", frameon=False, fontsize=10)
+    save(figure, "parallelism_holds")
+
+
+def _split(config: MeshConfig) -> dict[str, bool]:
+    """Whether the devices of a mesh have a part each of these, or all of it."""
+    weight = "embed", "feed_forward"
+    specs = {
+        "weights": partition(*weight, drop=config.weights_drop),
+        "gradients": partition(*weight, drop=() if config.zero == 2 else config.weights_drop),
+        "optimizer": partition(*weight),
+        "tokens": partition("batch", "length"),
+        "residual stream": partition("batch", config.layout.residual, "features"),
+        "heads, features": partition("batch", "length", "feed_forward"),
+    }
+    large = {axis for axis in AXES if getattr(config, axis) > 1}
+    axes = {name: {a for e in spec if e for a in (e if isinstance(e, tuple) else (e,))} for name, spec in specs.items()}
+    return {name: bool(its & large) for name, its in axes.items()}
+
+
+def parallelism_ring() -> None:
+    """Who computes which pairs of chunks when, and how much, in the order of the ring and in the plain one."""
+    n, chunk = 4, 64
+    length = 2 * n * chunk
+    orders = {"zig-zag": ring_order(length, n), "contiguous": np.arange(length)}
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.8), layout="constrained", width_ratios=(1, 1.15))
+    for (pairs, bars), (name, order) in zip(axes, orders.items(), strict=True):
+        places = order.reshape(n, -1)
+        work = np.array([[_open(places[d], places[(d - s) % n]).sum() for s in range(n)] for d in range(n)]) / chunk**2
+        if name == "zig-zag":  # the code computes these and no more
+            assert np.allclose(work, [[_computed(d, s, n, 2 * chunk) for s in range(n)] for d in range(n)], atol=0.02)
+        owner = np.argsort(order)[::chunk] // (2 * chunk)  # of each chunk, in the order of the text
+        for q in range(2 * n):
+            for k in range(q + 1):
+                device, step = owner[q], (owner[q] - owner[k]) % n
+                pairs.add_patch(Rectangle((k, q), 1, 1, facecolor=DEVICES[device], edgecolor="white", linewidth=1.5))
+                pairs.text(k + 0.5, q + 0.53, str(step), ha="center", va="center", fontsize=10, color="white")
+        pairs.set(xlim=(0, 2 * n), ylim=(2 * n, 0), aspect="equal", facecolor=EMPTY)
+        pairs.set_xticks(np.arange(2 * n) + 0.5, [str(i) for i in range(2 * n)], fontsize=9)
+        pairs.set_yticks(np.arange(2 * n) + 0.5, [str(i) for i in range(2 * n)], fontsize=9)
+        pairs.set_xlabel("chunk of keys", fontsize=9)
+        pairs.set_ylabel("chunk of queries", fontsize=9)
+        pairs.set_title(f"{name}: the step in which a pair is computed", fontsize=10)
+        _steps(bars, work)
+        took, needed = work.max(0).sum(), work.sum() / n
+        bars.set_title(f"{needed:.0f} pairs a device on average, {took:.0f} until the last one is done", fontsize=10)
+    handles = [Patch(color=colour, label=f"device {d}") for d, colour in enumerate(DEVICES)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save(figure, "parallelism_ring")
+
+
+def _steps(ax: plt.Axes, work: np.ndarray) -> None:
+    """The devices' work side by side, a step as long as its longest."""
+    starts = np.concatenate([[0], np.cumsum(work.max(0))])
+    for device, row in enumerate(work):
+        for step, amount in enumerate(row):
+            if amount:
+                left = (starts[step], device + 0.15)
+                ax.add_patch(Rectangle(left, amount, 0.7, facecolor=DEVICES[device], edgecolor="white", linewidth=1.5))
+                middle = starts[step] + amount / 2
+                ax.text(middle, device + 0.52, f"{amount:.0f}", ha="center", va="center", fontsize=10, color="white")
+    for x in starts:
+        ax.axvline(x, color="#9aa5b1", linewidth=0.8, linestyle=":", zorder=0)
+    ax.set(xlim=(0, 14.2), ylim=(len(work), 0))
+    ax.set_xticks(starts[:-1] + np.diff(starts) / 2, [f"step {s}" for s in range(work.shape[1])], fontsize=9)
+    ax.set_yticks(np.arange(len(work)) + 0.5, [f"device {d}" for d in range(len(work))], fontsize=9)
+    ax.set_xlabel("time, in pairs of chunks", fontsize=9)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _open(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Which of these positions see which under a causal mask."""
+    return np.asarray(AttentionMask().by_position(queries[:, None], keys[None]))
+
+
+def _computed(device: int, step: int, n: int, size: int) -> float:
+    """The work of a step of the ring in pairs of chunks, as `parts_of` plans it; `size` positions a device."""
+    parts = parts_of(AttentionMask(), size, n, device, step, False)
+    areas = (p.queries.size * p.keys.size * (0.5 if p.causal else 1) for p in parts)
+    return sum(areas) / (size // 2) ** 2
+
+
 def save(figure: plt.Figure, name: str) -> None:
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Creator": "lm_jax"})
@@ -57,3 +179,5 @@ def save(figure: plt.Figure, name: str) -> None:
 
 if __name__ == "__main__":
     attention_schedule()
+    parallelism_holds()
+    parallelism_ring()
