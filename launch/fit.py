@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from launch.cli import load
 from lm_jax import costs
@@ -42,7 +45,10 @@ def fitted(config: RunConfig) -> RunConfig:
     budget, train = config.train.memory_gb, config.train
     if train.remat == "auto":
         room = int(budget * 1e9) if budget is not None else None if available is None else int(_FILL * available)
-        policy = AUTO[-1] if room is None else _fastest(known, devices, room)
+        policy = _of_all_processes(AUTO[-1] if room is None else _fastest(known, devices, room))
+        if jax.process_index() == 0:
+            filled = "unknown memory" if room is None else f"{costs.amount(room)} a device"
+            print(f"train.remat: auto is {policy}, for {filled}", file=sys.stderr, flush=True)
         config, known = (
             dataclasses.replace(c, train=dataclasses.replace(train, remat=policy)) for c in (config, known)
         )
@@ -53,6 +59,13 @@ def fitted(config: RunConfig) -> RunConfig:
         return config
     here = f"{devices} x {jax.devices()[0].device_kind}"
     raise UserError(f"this does not fit ({here}): {problem}\n{_remedy(known, devices, available)}")
+
+
+def _of_all_processes(policy: str) -> str:
+    """The most frugal policy that any process has chosen: all must run the same program."""
+    if jax.process_count() == 1:
+        return policy
+    return AUTO[int(multihost_utils.process_allgather(np.int32(AUTO.index(policy))).max())]
 
 
 def _fastest(config: RunConfig, devices: int, room: int) -> str:

@@ -24,10 +24,7 @@ from tests.support import tiny
 
 STEPS, BATCHES = 20, 5
 LAYOUTS = {
-    "sample": [
-        MeshConfig(data=2, fsdp=4, zero=1),
-        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, context="ring", split_residual=True),
-    ],
+    "sample": [MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, zero=2, context="ring", split_residual=True)],
     "all": [
         *[MeshConfig(data=2, fsdp=4, zero=zero) for zero in (1, 2, 3)],
         *[dataclasses.replace(MeshConfig(data=1), **{axis: 8}) for axis in ("data", "fsdp", "sequence", "tensor")],
