@@ -257,14 +257,17 @@ def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], l
 
 def _made(jaxpr: Any) -> Iterator[Any]:
     """Every array that a program's operations give, those of the programs inside them instead of their own. (A Pallas
-    kernel's own are in the chip's fast memory.)"""
+    kernel's own are in the chip's fast memory.) A look-up in a table has no layout of its own, nor has the gradient that
+    is added up there: their arrays are counted as they lie before and behind."""
+    moves = (e for e in jaxpr.eqns if e.primitive.name in ("reshard", "scatter-add"))
+    passing = {id(v) for equation in moves for v in equation.invars}
     for equation in jaxpr.eqns:
         inside = {} if equation.primitive.name == "pallas_call" else equation.params
         inner = [p for p in jax.tree.leaves(list(inside.values())) if hasattr(p, "eqns")]
         for program in inner:
             yield from _made(getattr(program, "jaxpr", program))
         if not inner:
-            yield from equation.outvars
+            yield from (v for v in equation.outvars if id(v) not in passing)
 
 
 def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
