@@ -256,9 +256,11 @@ def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], l
 
 
 def _made(jaxpr: Any) -> Iterator[Any]:
-    """Every array that a program's operations give, those of the programs inside them instead of their own. (A Pallas
-    kernel's own are in the chip's fast memory.) A look-up in a table has no layout of its own, nor has its gradient that
-    is added up there: those arrays are counted as they lie before and behind."""
+    """Every array that a program's operations give, those of the programs inside them instead of their own.
+
+    A Pallas kernel's own are in the chip's fast memory. A look-up in a table has no layout of its own, nor has its
+    gradient that is added up there: those arrays are counted as they lie before and behind.
+    """
     moves = (e for e in jaxpr.eqns if e.primitive.name in ("reshard", "scatter-add"))
     passing = {id(v) for equation in moves for v in equation.invars}
     for equation in jaxpr.eqns:
