@@ -179,8 +179,7 @@ def _start(
     state = program.init()
     if other is None:
         return state, 0, 0
-    average = None if state.ema is None else jax.tree.map(lambda a: a.copy(), other.tree)
-    return state.replace(params=other.tree, ema=average), 0, 0
+    return program.starting_from(state, other.tree), 0, 0
 
 
 def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:
@@ -247,7 +246,7 @@ def _evaluate(program: Program, state: TrainState, sets: dict[str, TextSet]) -> 
     """The sum of the loss, the targets and the bytes a target of every set, on the averaged weights where there are
     any."""
     config, results = program.config, {}
-    params = state.params if state.ema is None else state.ema
+    params = program.weights(state)
     for name, text in sets.items():
         rows, size = text.plan.rows_per_epoch, config.train.batch_size
         stop = rows if config.evaluation.batches is None else min(rows, config.evaluation.batches * size)
@@ -264,7 +263,7 @@ def _sample(program: Program, state: TrainState, data: Prepared, log: RunLog, st
     if not ids:
         return
     (tokens,) = generate(
-        state.params if state.ema is None else state.ema,
+        program.weights(state),
         [ids],
         c=config.model,
         max_tokens=config.evaluation.sample_tokens,

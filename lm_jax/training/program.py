@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lm_jax.errors import ConfigError
@@ -13,6 +14,7 @@ from lm_jax.evaluation.loss import EvalStep, make_eval_step
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.objectives.objective import Objective
 from lm_jax.params import Tree
+from lm_jax.sharding import in_memory, lay_out
 from lm_jax.training.optimizers import make_optimizer
 from lm_jax.training.run import RunConfig
 from lm_jax.training.schedules import learning_rate
@@ -37,6 +39,24 @@ class Program:
     abstract: TrainState
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     eval_step: EvalStep
+
+    def weights(self, state: TrainState) -> Tree:
+        """What evaluation takes: the average of the weights where there is one, laid out as the weights are."""
+        mesh = self.config.mesh
+        if state.ema is None:
+            return state.params
+        if mesh.zero == 3 and not mesh.offload_optimizer:
+            return state.ema
+        place = jax.jit(lambda tree: lay_out(in_memory(tree, host=False), self.specs, drop=mesh.weights_drop))
+        return place(state.ema)
+
+    def starting_from(self, state: TrainState, params: Tree) -> TrainState:
+        """A fresh state with other weights, which the average starts from as well."""
+        if state.ema is None:
+            return state.replace(params=params)
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract.ema)
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, lay_out(tree, self.specs)), out_shardings=shardings)
+        return state.replace(params=params, ema=copy(params))
 
     def init(self) -> TrainState:
         """A fresh state of the config's seed."""

@@ -428,11 +428,7 @@ def _train(
     with jax.set_mesh(program.mesh):
         if state is None:
             weights = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), bench.params, program.abstract.params)
-            state = program.init().replace(params=weights)
-            if state.ema is not None:
-                state = state.replace(
-                    ema=jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), bench.params, program.abstract.ema)
-                )
+            state = program.starting_from(program.init(), weights)
         else:
             state = jax.tree.map(lambda a: a.copy(), state)
         for rows in batches:
