@@ -1,11 +1,11 @@
-"""What a layout's arithmetic calls for: the bytes that one training step sends through collectives, by kind and mesh axes.
+"""What a layout's arithmetic calls for: the bytes of a training step's collectives, by kind and mesh axes.
 
 `expected` counts from the config alone, `hlo.measured` from the program that a compiler made of it; what the second has
-more than the first is a layout's mistake. Bytes are those of one device and one step, of the larger side of each operation
-(`hlo.py` says it in full).
+more than the first is a layout's mistake. Bytes are those of one device and one step, of the larger side of each
+operation (`hlo.py` says it in full).
 
-Shapes: B rows and T tokens of a row (b, t: a device's, of a micro-batch), D embed, V vocabulary, K key-value heads, N query
-heads, H head dim, L layers.
+Shapes: B rows and T tokens of a row (b, t: a device's, of a micro-batch), D embed, V vocabulary, K key-value heads, N
+query heads, H head dim, L layers.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ def expected(
 ) -> Traffic:
     """Bytes of a device and step by kind and mesh axes (those of more than one part).
 
-    - Weights are gathered over `fsdp` in the dtype of compute: a layer's in the forward pass, and once more in the backward
-      pass where there is remat; table and output once. With `zero` below 3 the new weights are, once, in float32.
-    - Gradients are summed over all axes that split rows or length, in the dtype in which the product gives them: that of
-      compute, and float32 for the output, whose chunks are added up. Each device then needs its part over `fsdp`: that is
-      a reduce-scatter, but where gradients stay whole (no `fsdp`; the layers' with `zero` below 3).
+    - Weights are gathered over `fsdp` in the dtype of compute: a layer's in the forward pass, and once more in the
+      backward pass where there is remat; table and output once. With `zero` below 3 the new weights are, once, in
+      float32.
+    - Gradients are summed over all axes that split rows or length, in the dtype in which the product gives them: that
+      of compute, and float32 for the output, whose chunks are added up. Each device then needs its part over `fsdp`:
+      that is a reduce-scatter, but where gradients stay whole (no `fsdp`; the layers' with `zero` below 3).
     - `tensor`: the sums behind both output projections, and in the backward pass those of the gradients of both inputs
-      (with `split_residual` each is a reduce-scatter, and each input and each output's gradient is gathered); behind the
-      look-up in the table (with `split_residual` the table is gathered, its gradient scattered); in the loss.
+      (with `split_residual` each is a reduce-scatter, and each input and each output's gradient is gathered); behind
+      the look-up in the table (with `split_residual` the table is gathered, its gradient scattered); in the loss.
     - `sequence`: keys, values and their gradients, as `context` says.
 
-    Not counted: the scalars of loss, metrics and guard, ids of tokens beside segments and positions, sinks and tables of
-    biases, what an optimizer moves that needs whole matrices (Muon).
+    Not counted: the scalars of loss, metrics and guard, ids of tokens beside segments and positions, sinks and tables
+    of biases, what an optimizer moves that needs whole matrices (Muon).
 
     Args:
       c: the model, its vocabulary given, and its dtype, unless a mesh is entered.
@@ -127,7 +128,7 @@ def _weights(step: _Step) -> None:
 def _gradients(step: _Step) -> None:
     whole_table = step.mesh.split_residual and step.size["tensor"] > 1
     for name, spec in step.specs.items():
-        axes = _ROWS
+        axes: tuple[str, ...] = _ROWS
         n = step.item * step.numbers(spec)
         in_a_layer = name.startswith("blocks/")
         scattered = _over(spec) and step.size["fsdp"] > 1 and (step.mesh.zero == 3 or not in_a_layer)

@@ -106,7 +106,9 @@ CUT = """%cut (q: bf16[8,16], i: s32[]) -> bf16[2,16] {
   ROOT %both = (bf16[8,4]{1,0}, bf16[8,12]{1,0}) tuple(%s1, %s2)
 }
 """
-REDUCE = P + "  %r = bf16[8,16]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%sum\n  %i = s32[] constant(0)\n"
+REDUCE = (
+    P + "  %r = bf16[8,16]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%sum\n  %i = s32[] constant(0)\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,27 @@ def test_a_sum_that_is_only_cut_is_a_reduce_scatter(uses: str, kind: str) -> Non
     assert measured(program(REDUCE + uses, SUM + CUT), MESH) == {(kind, ("tensor",)): 256}
 
 
+PUT = """%put (z: bf16[8,16], q: bf16[2,16], i: s32[]) -> bf16[8,16] {
+  %z = bf16[8,16]{1,0} parameter(0)
+  %q = bf16[2,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %d = bf16[8,16]{1,0} dynamic-update-slice(%z, %q, %i, %i)
+}
+"""
+
+
+def test_a_sum_of_parts_put_in_place_is_an_all_gather() -> None:
+    body = """  %part = bf16[2,16] slice(%p), slice={[0:2], [0:16]}
+  %i = s32[] partition-id()
+  %zero = bf16[] constant(0)
+  %z = bf16[8,16] broadcast(%zero), dimensions={}
+  %f = bf16[8,16] fusion(%z, %part, %i), kind=kLoop, calls=%put
+  %f2 = bf16[8,16] copy(%f)
+  ROOT %r = bf16[8,16] all-reduce(%f2), replica_groups=[2,4]<=[8], to_apply=%sum"""
+    (found,) = collectives(program(P + body, SUM + PUT), MESH)
+    assert (found.kind, found.bytes, found.as_all_reduce) == ("all-gather", 256, True)
+
+
 def test_parts_of_a_joined_sum_are_told_apart() -> None:
     body = """  %r = (bf16[8,16], bf16[8,16]) all-reduce(%p, %p), replica_groups=[2,4]<=[8], to_apply=%sum
   %a = bf16[8,16] get-tuple-element(%r), index=0
@@ -143,7 +166,7 @@ def test_parts_of_a_joined_sum_are_told_apart() -> None:
 
 
 def test_an_asynchronous_fusion_counts_once() -> None:
-    """As TPU writes it: started in one fusion, named again by the one that computes meanwhile and the one that waits."""
+    """As TPU writes it: started in one fusion, named again by one that computes meanwhile and by one that waits."""
     gather = "all-gather(%q), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}"
 
     def stage(name: str, root: str) -> str:
