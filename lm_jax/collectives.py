@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lm_jax.hlo import Traffic
+from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.kernels.flash_attention import AttentionMask
 from lm_jax.kernels.flash_attention.ring import steps_of
 from lm_jax.models.transformer import TransformerConfig, transformer_specs
@@ -155,8 +156,12 @@ def _tensor(step: _Step) -> None:
         step.add("all-gather", axes, step.item * math.prod(step.specs["embedding"].shape))
     else:
         step.add("all-reduce", axes, (sums + 1) * x)
-    # The gradient of the hidden states; a row's largest logit, the sum of exponentials, and the target's logit.
-    step.add("all-reduce", axes, x + 3 * _F32 * step.tokens)
+    # The gradient of the hidden states. Where the residual is split, each device needs a part of it, but a chunk's rows
+    # are not those of a part: only a loss of one chunk scatters the sum.
+    one_chunk = step.tokens <= CHUNK_BYTES * step.size["tensor"] // (_F32 * c.ids)
+    step.add("reduce-scatter" if step.mesh.split_residual and one_chunk else "all-reduce", axes, x)
+    # A row's largest logit, the sum of its exponentials, the target's logit.
+    step.add("all-reduce", axes, 3 * _F32 * step.tokens)
 
 
 def _gathered(step: _Step) -> None:
@@ -174,11 +179,12 @@ def _ring(step: _Step) -> None:
         return
     steps = steps_of(AttentionMask(window=step.c.window), step.length, s)
     keys_and_values = 2 * step.heads(step.c.key_heads)
-    passes = 2 + (step.remat in ("full", "dots", "offload"))  # forward, backward, forward again
-    ids = _F32 * step.tokens
-    there = passes * (steps - 1) * (keys_and_values + ids)
-    # Gradients, in float32, follow the keys and come home.
-    back = steps * keys_and_values * _F32 / step.item
+    # Forward and backward; where the forward pass is done again, the backward pass has that one's first arrivals.
+    again = step.remat in ("full", "dots", "offload")
+    hops = 3 * (steps - 1) - 1 if again and steps > 1 else 2 * (steps - 1)
+    there = hops * (keys_and_values + _F32 * step.tokens)
+    # Gradients follow the keys and come home: at first one product's, in the dtype of compute, then sums in float32.
+    back = keys_and_values * (1 + (steps - 1) * _F32 / step.item) if steps > 1 else 0
     step.add("collective-permute", axes, step.c.layers * (there + back))
     step.add("all-gather", axes, (4 * _F32 + 1) * s * step.tokens)  # the arrays of a batch, to be put in order
 

@@ -24,15 +24,16 @@ from lm_jax.training.program import make_program
 from lm_jax.training.run import RunConfig, TrainConfig
 from tests.support.tpu import mesh_of_chips
 
+# Compiles in some ten seconds; what a device computes alone does not matter here, so attention is the plainest.
 SMALL = TransformerConfig(
     layers=3,
-    embed=256,
+    embed=128,
     heads=4,
     kv_heads=2,
-    feed_forward_dim=512,
-    vocab=1024,
+    feed_forward_dim=256,
+    vocab=512,
     dtype="bfloat16",
-    attention_kernel="reference",  # compiles fastest, and what a device computes alone does not matter here
+    attention_kernel="reference",
 )
 LLAMA_7B = TransformerConfig(
     layers=32, embed=4096, heads=32, feed_forward_dim=11008, vocab=32000, norm_epsilon=1e-5, dtype="bfloat16"
@@ -67,7 +68,7 @@ def differences(called_for: Traffic, found: Traffic) -> dict[Any, tuple[float, f
 
 
 def check(c: TransformerConfig, config: MeshConfig, topology: str, **train: Any) -> None:
-    run = TrainConfig(remat="full", **train)
+    run = TrainConfig(**{"remat": "full", **train})
     text = compiled_step(c, config, topology, run)
     chips = math.prod(int(n) for n in topology.split(":")[1].split("x"))
     cut: Any = {"batch_size": run.batch_size, "length": run.length, "microbatches": run.microbatches}
@@ -83,7 +84,7 @@ def check(c: TransformerConfig, config: MeshConfig, topology: str, **train: Any)
     [
         MeshConfig(data=1, fsdp=2, tensor=2),
         *[
-            pytest.param(config, marks=pytest.mark.slow)
+            pytest.param(config, marks=pytest.mark.slow)  # ten seconds each, on two busy cores
             for config in (
                 MeshConfig(data=1, fsdp=4),
                 MeshConfig(data=4),
@@ -100,7 +101,22 @@ def check(c: TransformerConfig, config: MeshConfig, topology: str, **train: Any)
     ids=str,
 )
 def test_a_small_step_moves_what_its_layout_calls_for(config: MeshConfig) -> None:
-    check(SMALL, config, "v5e:2x2", batch_size=16, length=256)
+    check(SMALL, config, "v5e:2x2", batch_size=8, length=128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("c", "train"),
+    [
+        (SMALL, {"microbatches": 2}),
+        (dataclasses.replace(SMALL, tied=True), {}),
+        (SMALL, {"remat": "none"}),
+        (SMALL, {"remat": "dots"}),
+    ],
+    ids=["microbatches", "tied", "none", "dots"],
+)
+def test_so_do_other_ways_to_train_it(c: TransformerConfig, train: dict[str, Any]) -> None:
+    check(c, MeshConfig(data=1, fsdp=2, tensor=2), "v5e:2x2", batch_size=8, length=128, **train)
 
 
 @pytest.mark.slow  # minutes each
