@@ -115,6 +115,8 @@ def case_of_config(spec: str) -> Case:
     from lm_jax.training.run import RunConfig
 
     run = build(RunConfig, load(spec))
+    if run.train.remat == "auto":
+        raise SystemExit("train.remat: auto is settled by launch.train alone; name a policy")
     model = run.model if run.model.vocab else dataclasses.replace(run.model, vocab=32_000)
     return Case(Path(spec.split(":")[0]).stem, model, run.train.length, run.train.batch_size, run.train.remat)
 

@@ -17,7 +17,7 @@ from lm_jax.config import build
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.params import count
-from lm_jax.sharding import MeshConfig
+from lm_jax.sharding import MeshConfig, slices_of
 from lm_jax.training.optimizers import make_optimizer
 from lm_jax.training.run import RunConfig
 from lm_jax.training.state import abstract_state
@@ -140,6 +140,7 @@ def _fitting(config: RunConfig, devices: int, available: int) -> dict[str, Any] 
         length=train.length,
         remat=train.remat,
         microbatches=train.microbatches,
+        slices=slices_of(jax.devices()) if jax.devices()[0].platform == "tpu" else 1,
     )
 
 

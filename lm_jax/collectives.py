@@ -45,7 +45,7 @@ def expected(
       float32.
     - Gradients are summed over all axes that split rows or length, in the dtype in which the product gives them: that
       of compute, and float32 for the output, whose chunks are added up. Each device then needs its part over `fsdp`:
-      that is a reduce-scatter, but where gradients stay whole (no `fsdp`; the layers' with `zero` below 3).
+      that is a reduce-scatter, but where gradients stay whole (no `fsdp`; the layers' with `zero` 1).
     - `tensor`: the sums behind both output projections, and in the backward pass those of the gradients of both inputs
       (with `split_residual` each is a reduce-scatter, and each input and each output's gradient is gathered); behind
       the look-up in the table (with `split_residual` the table is gathered, its gradient scattered); in the loss.
@@ -132,7 +132,7 @@ def _gradients(step: _Step) -> None:
         axes: tuple[str, ...] = _ROWS
         n = step.item * step.numbers(spec)
         in_a_layer = name.startswith("blocks/")
-        scattered = _over(spec) and step.size["fsdp"] > 1 and (step.mesh.zero == 3 or not in_a_layer)
+        scattered = _over(spec) and step.size["fsdp"] > 1 and (step.mesh.zero > 1 or not in_a_layer)
         if name == "output":
             n = _F32 * step.numbers(spec)
         elif name == "embedding" and whole_table:

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
 from lm_jax.params import Tree, named, role
-from lm_jax.sharding import AXES, MESH, Layout, MeshConfig, abstract, partition
+from lm_jax.sharding import AXES, MESH, Layout, MeshConfig, abstract, partition, platform
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
@@ -168,7 +168,8 @@ def memory(
 
     Returns:
       `parameters`, `gradients`, `optimizer`, `activations` (kept for the backward pass), `working` (what the largest
-      layer computes with: recomputed activations and temporaries, or the output's logits and gradient), `total`.
+      layer computes with: recomputed activations and temporaries; or the output's logits and gradient; or, where that
+      is more than the activations that are gone by then, optimizer state that visits from the host), `total`.
     """
     mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     specs = transformer_specs(c)
@@ -183,25 +184,30 @@ def memory(
         again = _kept(one_layer, mesh, shape, "none", config.layout) if remat != "none" else 0
         working = again + 2 * _largest(one_layer, mesh, shape, config.layout)
         output = _output(c, mesh, shape)
+        # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
+        optimizer = tree_bytes(state, host=platform() == "cpu") - weights
+    visiting = tree_bytes(state, host=True) - weights - optimizer
     need = {
         "parameters": weights,
         "gradients": gradients * (1 if microbatches == 1 else 2),
-        "optimizer": tree_bytes(state) - weights,
+        "optimizer": optimizer,
         "activations": kept,
-        "working": max(working, output),
+        "working": max(working, output, visiting - kept),
     }
     return need | {"total": sum(need.values())}
 
 
-def tree_bytes(tree: Tree) -> int:
-    """Bytes of abstract leaves on each device; what lies in the host's memory does not count."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+def tree_bytes(tree: Tree, *, host: bool = False) -> int:
+    """Bytes of abstract leaves on each device. Args: host: whether what lies in the host's memory counts too."""
+    return sum(_bytes(leaf, host) for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(a: Any) -> int:
-    """A device's share of an array, by its sharding; all of it where it has none or is a share, inside `shard_map`."""
+def _bytes(a: Any, host: bool = False) -> int:
+    """A device's share of an array, by its sharding; all of it where it has none or is a share, inside `shard_map`.
+    Nothing for what is in the host's memory, unless that counts."""
     sharding = getattr(a, "sharding", None)
-    if "pinned_host" in (getattr(sharding, "memory_kind", None), _memory_of(a)):
+    away = getattr(sharding, "memory_kind", None) == "pinned_host"
+    if not host and (away or getattr(a, "memory_space", None) == jax.memory.Space.Host):
         return 0
     if sharding is None or AxisType.Manual in getattr(sharding.mesh, "axis_types", ()):
         shape = a.shape
@@ -209,10 +215,6 @@ def _bytes(a: Any) -> int:
         shape = sharding.shard_shape(a.shape)
     size = 8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) else np.dtype(a.dtype).itemsize
     return math.prod(shape) * size
-
-
-def _memory_of(a: Any) -> str | None:
-    return "pinned_host" if getattr(a, "memory_space", None) == jax.memory.Space.Host else None
 
 
 def _forward(
@@ -356,6 +358,7 @@ def suggest(
     length: int,
     remat: str,
     microbatches: int,
+    slices: int = 1,
 ) -> dict[str, Any] | None:
     """The nearest setting of the same model and batch that fits, as the config's keys to change; None where none does.
 
@@ -369,11 +372,12 @@ def suggest(
       devices: how many there are.
       available: bytes on each device.
       batch_size, length, remat, microbatches: as of `memory`.
+      slices: which `data` must be a multiple of.
     """
     for mesh_config, mesh_keys in _meshes(config, devices):
         mesh: Any = abstract_mesh(mesh_config, devices)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
-        if batch_size % parts or c.embed % mesh.shape["fsdp"]:
+        if batch_size % parts or c.embed % mesh.shape["fsdp"] or mesh.shape["data"] % slices:
             continue
         state = make_state(mesh, mesh_config)
         if tree_bytes(state) + tree_bytes(abstract(transformer_specs(c), mesh)) > available:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -151,6 +151,11 @@ class MeshConfig:
 MESH = MeshConfig()
 
 
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many groups of devices there are that only a network joins: slices of TPUs, hosts of GPUs."""
+    return len({getattr(d, "slice_index", 0) for d in devices})
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of a config over the devices given (all there are, if none are). Enter it with `jax.set_mesh`.
 
@@ -159,12 +164,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     and its gradients, already split, summed over the slices.
 
     Raises:
-      ConfigError: where the axes do not take exactly the devices there are, or would cross slices.
+      ConfigError: where the axes do not take exactly the devices there are, or would cross slices of TPUs.
     """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slices_of(devices)
     if slices > 1:
+        if sizes[0] % slices and devices[0].platform != "tpu":
+            # A slice of GPUs is a host, and their network bears what that of TPU slices does not.
+            placed = np.array(sorted(devices, key=lambda d: d.id)).reshape(sizes)
+            return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
         if sizes[0] % slices:
             near = max(1, round(sizes[0] / slices)) * slices
             problem = f"{sizes[0]} cannot be split over {slices} slices, and no other axis may cross their network"
@@ -384,11 +393,49 @@ def gather_weights(params: Tree, specs: Tree, dtype: Any) -> Tree:
 
     whole = jax.sharding.get_abstract_mesh().empty
 
-    def one(s: ParamSpec, w: jax.Array) -> jax.Array:
+    def one(s: ParamSpec, w: Any) -> jax.Array:
+        if isinstance(w, Twofold):
+            return _whole(w.part, w.whole.astype(dtype))
         w = w.astype(dtype)
         return w if whole else jax.sharding.reshard(w, partition(*s.axes, drop=("fsdp",)))
 
     return map_specs(one, specs, params)
+
+
+class Twofold(NamedTuple):
+    """A weight that is whole over fsdp while its gradient is to be a part: the gradient is taken of `part`, which is
+    what a device updates of it. `gather_weights` gives the whole."""
+
+    part: jax.Array
+    whole: jax.Array
+
+
+def parts_of_layers(params: Tree, specs: Tree) -> Tree:
+    """Whole parameters, those of layers in parts over fsdp: no byte moves. What the gradient is to be taken of."""
+    return map_specs(lambda s, w: jax.sharding.reshard(w, partition(*s.axes)) if _layered(s) else w, specs, params)
+
+
+def twofold_layers(parts: Tree, params: Tree, specs: Tree) -> Tree:
+    """The parameters that a model is to be given for that: a layer's gradient is then split before the next one's is
+    made, and never stands whole beside the others'."""
+    return map_specs(lambda s, part, whole: Twofold(part, whole) if _layered(s) else part, specs, parts, params)
+
+
+def _layered(spec: ParamSpec) -> bool:
+    return spec.axes[:1] == ("layers",)
+
+
+@jax.custom_vjp
+def _whole(part: jax.Array, whole: jax.Array) -> jax.Array:
+    del part
+    return whole
+
+
+def _whole_backward(part: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    return jax.sharding.reshard(g, jax.typeof(part).sharding.spec).astype(part.dtype), None
+
+
+_whole.defvjp(lambda part, whole: (whole, part), _whole_backward)
 
 
 def on_whole_matrices(f: Callable[[jax.Array], jax.Array], x: jax.Array, batch_dims: int) -> jax.Array:

@@ -284,6 +284,8 @@ class Peers:
             if now - armed > _STUCK_SECONDS / 10 and not self._stubbed:
                 armed = now
                 faulthandler.dump_traceback_later(_STUCK_SECONDS, exit=True)
+                if self._stop.is_set():  # it was cancelled just before
+                    faulthandler.cancel_dump_traceback_later()
             if self._verdict is not None:
                 self._end(self._verdict)
             elif lost := self._roll.lost(now):

@@ -81,6 +81,10 @@ class StepTrace:
         if self._folder is None:
             return
         jax.profiler.stop_trace()
+        if not self._done:  # the first of the steps failed, and its error is what counts
+            self._folder.cleanup()
+            self._folder = None
+            return
         first, last = self._done[0], self._done[-1]
         name = f"steps_{first}_{last}"
         target = self._root / "plugins" / "profile" / name  # where XProf looks

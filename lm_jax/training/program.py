@@ -2,6 +2,7 @@
 them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,12 @@ class Program:
             return state.params
         if mesh.zero == 3 and not mesh.offload_optimizer:
             return state.ema
-        place = jax.jit(lambda tree: lay_out(in_memory(tree, host=False), self.specs, drop=mesh.weights_drop))
-        return place(state.ema)
+        return self._as_weights(state.ema)
+
+    @functools.cached_property
+    def _as_weights(self) -> Callable[[Tree], Tree]:
+        drop = self.config.mesh.weights_drop
+        return jax.jit(lambda average: lay_out(in_memory(average, host=False), self.specs, drop=drop))
 
     def starting_from(self, state: TrainState, params: Tree) -> TrainState:
         """A fresh state with other weights, which the average starts from as well."""

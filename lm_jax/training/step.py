@@ -1,6 +1,7 @@
 """The training step: gradients, accumulation, clipping, guard, update. One jitted, donated function for every
 objective."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 
 from lm_jax.data.loader import batch_hash
 from lm_jax.objectives.objective import Objective
-from lm_jax.sharding import MESH, MeshConfig, in_memory, lay_out, split_dim
+from lm_jax.sharding import MESH, MeshConfig, in_memory, lay_out, parts_of_layers, split_dim, twofold_layers
 from lm_jax.training.optimizers import ema_update
 from lm_jax.training.state import TrainState
 
@@ -54,8 +55,14 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         weights = objective.weights(batch)
         key = jax.random.fold_in(state.key, state.step)
-        each = split if mesh.zero == 2 else _as_they_are
-        sums, extra, gradients = _gradients(objective, state, batch, weights, key, microbatches, each)
+        if mesh.zero == 2:
+            parts = parts_of_layers(state.params, specs)
+            whole = functools.partial(twofold_layers, params=state.params, specs=specs)
+            sums, extra, gradients = _gradients(
+                objective, state, parts, batch, weights, key, microbatches, of=whole, each=split
+            )
+        else:
+            sums, extra, gradients = _gradients(objective, state, state.params, batch, weights, key, microbatches)
         gradients = split(gradients)
         terms = {name: sums[name] / jnp.maximum(weights[name], 1e-9) for name in sums}
         loss = sum(terms.values(), start=jnp.zeros((), jnp.float32))
@@ -99,40 +106,48 @@ def _changing(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "opt_state": state.opt_state, "extra": state.extra, "ema": state.ema}
 
 
-def _as_they_are(gradients: Any) -> Any:
-    return gradients
+def _as_it_is(tree: Any) -> Any:
+    return tree
 
 
 def _gradients(
     objective: Objective,
     state: TrainState,
+    moving: Any,
     batch: Any,
     weights: dict[str, Array],
     key: Array,
     microbatches: int,
-    each: Callable[[Any], Any],
+    *,
+    of: Callable[[Any], Any] = _as_it_is,
+    each: Callable[[Any], Any] = _as_it_is,
 ) -> tuple[dict[str, Array], Any, Any]:
-    """The sums of the terms over the batch, the new `extra`, and the gradient of the loss; `each` lays out that of a
-    micro-batch before it is added to the others."""
+    """The sums of the terms over the batch, the new `extra`, and the gradient of the loss.
+
+    Args:
+      moving: what the gradient is taken of.
+      of: makes parameters of that.
+      each: lays out the gradient of a micro-batch before it is added to the others.
+    """
 
     def loss(params: Any, extra: Any, rows: Any, key: Array) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        sums, extra = objective.terms(params, state.frozen, extra, rows, key)
+        sums, extra = objective.terms(of(params), state.frozen, extra, rows, key)
         total = sum((sums[n] / jnp.maximum(weights[n], 1e-9) for n in sums), start=jnp.zeros((), jnp.float32))
         return total, (sums, extra)
 
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
-        gradients, (sums, extra) = gradient(state.params, state.extra, batch, key)
+        gradients, (sums, extra) = gradient(moving, state.extra, batch, key)
         return sums, extra, each(gradients)
 
     def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         sums, extra, gradients = carry
         i, rows = xs
-        more, (more_sums, extra) = gradient(state.params, extra, rows, jax.random.fold_in(key, i))
+        more, (more_sums, extra) = gradient(moving, extra, rows, jax.random.fold_in(key, i))
         return (jax.tree.map(jnp.add, sums, more_sums), extra, jax.tree.map(jnp.add, gradients, each(more))), None
 
     zero_sums = {name: jnp.zeros((), jnp.float32) for name in weights}
-    start = (zero_sums, state.extra, each(jax.tree.map(jnp.zeros_like, state.params)))
+    start = (zero_sums, state.extra, each(jax.tree.map(jnp.zeros_like, moving)))
     parts = jax.tree.map(lambda a: _split_rows(a, microbatches), batch)
     (sums, extra, gradients), _ = jax.lax.scan(body, start, (jnp.arange(microbatches), parts))
     return sums, extra, gradients

@@ -57,7 +57,7 @@ def test_named_policies_and_other_keys_stay_as_they_are(monkeypatch: pytest.Monk
     assert dataclasses.replace(settled, train=CONFIG.train) == CONFIG
 
 
-def test_split_state_needs_less_of_a_device() -> None:
+def test_split_state_needs_less_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 devices: the optimizer's state, the gradients and the weights a part each, stage by stage."""
 
     def needs(**mesh: Any) -> dict[str, int]:
@@ -73,4 +73,9 @@ def test_split_state_needs_less_of_a_device() -> None:
     assert [s["parameters"] for s in stages] == [whole, whole, small]
     assert [s["gradients"] for s in stages] == [whole, small, small]
     assert all(need_of_one / 4 <= s["optimizer"] < need_of_one / 3.5 for s in stages)  # two moments
-    assert needs(zero=3, offload_optimizer=True)["optimizer"] < 100
+    # Moments on the host, which is the device itself on a CPU; elsewhere they come when activations are gone.
+    plain = stages[2]
+    assert needs(offload_optimizer=True) == plain
+    monkeypatch.setattr(costs, "platform", lambda: "tpu")
+    away = needs(offload_optimizer=True)
+    assert away["optimizer"] < 100 and away["working"] >= plain["optimizer"] - plain["activations"] - 100

@@ -147,13 +147,24 @@ def test_stopped_and_finished_on_another_mesh(text: Path, tmp_path: Path) -> Non
         job.kill()
     step = jobs.last_step(run)
     assert jobs.checkpoints(run)[-1] == step and f"Saved at step {step} of" in (run / "report.md").read_text("utf-8")
-    job = Job(run, text, tmp_path / "second", options=["--config.mesh.fsdp=2"], devices=2)
+    layout = ["--config.mesh.fsdp=2", "--config.mesh.zero=1", "--config.mesh.offload_optimizer=True"]
+    job = Job(run, text, tmp_path / "second", options=[*layout, "--config.evaluation.prompt=the"], devices=2)
     try:
         assert job.wait(300) == [0], job.said()
     finally:
         job.kill()
     assert "changed: mesh.fsdp: 1 -> 2\n" in job.said() and f"going on from checkpoint {step}\n" in job.said()
+    assert "changed: mesh.zero: 3 -> 1\n" in job.said()
     assert [r["step"] for r in jobs.records(run) if r["kind"] == "step"] == list(range(1, 81))
+    # Other weights to begin with, which the average begins with as well.
+    other = tmp_path / "other"
+    job = Job(other, text, tmp_path / "third", options=[*layout, f"--config.train.init_from={run}"], devices=2)
+    try:
+        assert job.wait_for(lambda: jobs.last_step(other) >= 7, 300), job.said()
+    finally:
+        job.kill()
+    first, later = (next(r for r in jobs.records(where) if r["kind"] == "evaluation") for where in (run, other))
+    assert later["loss"] < first["loss"] - 1
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from jax.profiler import ProfileData
 
-from lm_jax.errors import UserError
+from lm_jax.errors import Failure, UserError
 from lm_jax.training.profile import StepTrace, parse_steps
 
 
@@ -66,3 +66,12 @@ def test_no_trace_where_none_is_asked_for(tmp_path: Path) -> None:
     assert traced(tmp_path, None, range(1, 9)) == ([], [])
     assert traced(tmp_path, range(3, 6), range(6, 9)) == ([], [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_keeps_its_own_error(tmp_path: Path) -> None:
+    def step() -> None:
+        raise Failure("the disk is full")
+
+    with pytest.raises(Failure, match="the disk is full"), StepTrace(epath.Path(tmp_path), range(1, 3), print) as trace:
+        trace.run(1, step)
+    assert not (tmp_path / "profile").exists()
