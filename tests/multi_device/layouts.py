@@ -13,25 +13,30 @@ from lm_jax.params import Tree
 from lm_jax.sharding import MeshConfig, abstract, make_mesh, partition
 
 ONE = MeshConfig(data=1)
-SOME = [
+PLAIN = [
     MeshConfig(data=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+]
+EIGHT = [MeshConfig(data=1, sequence=8), MeshConfig(data=1, tensor=8)]
+SOME = [
+    *PLAIN,
+    MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, zero=2, context="ring", split_residual=True),
+    MeshConfig(data=2, sequence=2, tensor=2, context="all_to_all"),
+]
+OTHERS = [
+    MeshConfig(data=2, fsdp=4, zero=1),
     MeshConfig(data=2, fsdp=4, zero=2),
     MeshConfig(data=1, fsdp=2, tensor=4, split_residual=True),
     MeshConfig(data=1, fsdp=2, sequence=4, context="ring"),
     MeshConfig(data=1, sequence=4, tensor=2, context="all_to_all", split_residual=True),
-]
-OTHERS = [
-    MeshConfig(data=2, fsdp=4, zero=1),
     MeshConfig(data=1, sequence=8, context="ring"),
     MeshConfig(data=2, sequence=2, tensor=2, context="ring", split_residual=True),
     MeshConfig(data=2, fsdp=2, sequence=2, context="all_to_all", zero=1),
     MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, zero=1, split_residual=True),
     MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, zero=2, offload_optimizer=True),
     MeshConfig(data=1, fsdp=8),
-    MeshConfig(data=1, sequence=8),
-    MeshConfig(data=1, tensor=8),
+    *EIGHT,
     MeshConfig(data=2, fsdp=4),
     MeshConfig(data=4, sequence=2),
     MeshConfig(data=2, tensor=4),

@@ -233,8 +233,15 @@ def endless(world: Path, name: str) -> jobs.Job:
     return jobs.Job(world / name, world / "text", logs, processes=2, devices=1, options=steps, env=env)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        pytest.param(signal.SIGKILL, 1, id="dead-1"),
+        pytest.param(signal.SIGSTOP, 0, id="silent-0"),
+        pytest.param(signal.SIGKILL, 0, id="dead-0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 1, id="silent-1", marks=pytest.mark.slow),
+    ],
+)
 def test_the_other_process_ends_and_names_it(world: Path, number: signal.Signals, victim: int) -> None:
     """(That a run goes on after it, bit for bit, is in test_chaos.py.)"""
     name, other = f"{number.name}-{victim}", 1 - victim

@@ -70,7 +70,7 @@ def test_what_is_not_a_number_fails() -> None:
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
-        ("none", "all is well"),
+        pytest.param("none", "all is well", marks=pytest.mark.slow),
         ("leaked_segment", "failed segments: documents of one row see each other"),
         ("wrong_position", "failed positions: positions depend on where a document stands"),
         ("missing_reduction", "failed layout: loss: a sum over devices is missing"),
