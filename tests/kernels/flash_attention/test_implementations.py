@@ -35,7 +35,7 @@ TOLERANCE: dict[Any, float] = {np.float32: 2e-6, jnp.bfloat16: 1.5e-2, jnp.float
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 # Short rows in the interpreter, which takes its time; its blocks and chunks are small enough for tiles of every kind.
 SHORT = Shape(B=2, T=300, S=300, N=2, K=1, H=16)
-SAMPLE = {"causal", "segments", "all parts", "keys a row"}  # of the masks, for TPU in the fast tests
+SAMPLE = {"segments", "all parts"}  # of the masks, for TPU in the fast tests
 
 
 def slow_unless(fast: bool, *values: Any) -> Any:
@@ -93,7 +93,7 @@ def test_tpu_with_every_option(options: str) -> None:
     check_tpu(SHORT, MASKS["segments"], OPTIONS[options], np.float32, TOLERANCE[np.float32])
 
 
-@pytest.mark.parametrize("shape", [slow_unless(s in ("one query", "more keys"), s) for s in SHAPES])
+@pytest.mark.parametrize("shape", [slow_unless(s == "more keys", s) for s in SHAPES])
 def test_tpu_on_every_shape(shape: str) -> None:
     s = SHAPES[shape].replace(H=8)
     check_tpu(s, MASKS["all parts"], OPTIONS["sinks"], np.float32, TOLERANCE[np.float32])
@@ -106,7 +106,7 @@ def test_tpu_with_every_head_dim_and_dtype(H: int, dtype: Any) -> None:
 
 
 def test_tpu_in_bfloat16() -> None:
-    check_tpu(SHORT, MASKS["segments"], dtype=jnp.bfloat16, tolerance=TOLERANCE[jnp.bfloat16])
+    check_tpu(SHORT, MASKS["causal"], dtype=jnp.bfloat16, tolerance=TOLERANCE[jnp.bfloat16])
 
 
 @pytest.mark.parametrize("window", [slow_unless(False, None), 300])
