@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch import cli, runtime
+from launch.train import objective
 
 FLAGS = flags.FlagValues()
 DEVICES = flags.DEFINE_integer(
@@ -31,17 +32,12 @@ def main(config: ConfigDict) -> int:
 
     from lm_jax.config import build
     from lm_jax.errors import Failure
-    from lm_jax.objectives.next_token import next_token
-    from lm_jax.objectives.objective import Objective
     from lm_jax.training.run import RunConfig
     from lm_jax.training.selftest import Check, run_checks, shrunk
 
     run = build(RunConfig, config)
     runtime.use_compilation_cache()
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
-
-    def objective(c: RunConfig) -> Objective:
-        return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat, layout=c.mesh.layout)
 
     small = shrunk(run, len(jax.devices()))
     mesh, model = small.mesh, small.model

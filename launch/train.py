@@ -6,10 +6,16 @@ does not fit, 75 saved and not finished (start me again), 1 anything else.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 from ml_collections import ConfigDict
 
 from launch import cli, runtime
+
+if TYPE_CHECKING:
+    from lm_jax.objectives.objective import Objective
+    from lm_jax.training.run import RunConfig
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string(
@@ -24,6 +30,14 @@ PROFILE_STEPS = flags.DEFINE_string(
 runtime.define_process_flags(FLAGS)
 
 
+def objective(config: RunConfig) -> Objective:
+    """What a run of this config minimises."""
+    from lm_jax.objectives.next_token import next_token
+
+    train = config.train
+    return next_token(config.model, z_loss=train.z_loss, remat=train.remat, layout=config.mesh.layout)
+
+
 def main(config: ConfigDict) -> int:
     from lm_jax.config import build
     from lm_jax.paths import run_path
@@ -36,13 +50,8 @@ def main(config: ConfigDict) -> int:
     runtime.start(FLAGS, run)
 
     from launch.fit import fitted
-    from lm_jax.objectives.next_token import next_token
-    from lm_jax.objectives.objective import Objective
     from lm_jax.training.loop import train
     from lm_jax.training.report import command_line
-
-    def objective(c: RunConfig) -> Objective:
-        return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat, layout=c.mesh.layout)
 
     return train(fitted(run), directory, objective, command_line(), profile)
 

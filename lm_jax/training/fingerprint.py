@@ -19,7 +19,7 @@ Array = jax.Array
 
 def fingerprint(x: Array) -> Array:
     """The fingerprint of one array of any numeric or boolean dtype: uint32, a scalar. Pure; nothing is gathered."""
-    words = _words(in_memory(x, host=False))  # what lies on the host is brought over, an array at a time
+    words = _words(in_memory(x, host=False))  # what lies on the host is brought over
     place = jnp.zeros(words.shape, jnp.uint32)
     stride = 1
     for d in reversed(range(words.ndim)):

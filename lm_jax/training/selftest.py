@@ -191,14 +191,14 @@ class Bench:
     def gradients(self, config: RunConfig, mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
         """The loss and the gradient of the first batch, through the training step."""
         with jax.set_mesh(mesh):
-            shapes = abstract_state(self.specs, _KEEP, mesh, config=config.mesh)
+            shapes = abstract_state(self.specs, KEEP, mesh, config=config.mesh)
             zero = jnp.zeros((), jnp.int32)
             nothing = jax.tree.map(np.zeros_like, self.params)
             state = TrainState(self.params, {}, {}, nothing, None, zero, zero, zero, jax.random.key(0))
             state = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), state, shapes)
             step = make_train_step(
                 self.make_objective(config),
-                _KEEP,
+                KEEP,
                 lambda updates: 0.0,
                 microbatches=config.train.microbatches,
                 specs=self.specs,
@@ -225,7 +225,7 @@ class Bench:
         return make_program(config, mesh, self.make_objective(config))
 
 
-_KEEP = optax.GradientTransformation(  # changes nothing and remembers the gradient
+KEEP = optax.GradientTransformation(  # changes nothing and remembers the gradient
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradient, state, params=None: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from launch.train import objective
 from lm_jax.kernels.flash_attention import AttentionMask
 from lm_jax.models import attention, positions
 from lm_jax.models.positions import POSITIONS
 from lm_jax.models.transformer import TransformerConfig
-from lm_jax.objectives.next_token import next_token
-from lm_jax.objectives.objective import Objective
 from lm_jax.sharding import MeshConfig, axis_size
 from lm_jax.training.optimizers import OptimizerConfig
 from lm_jax.training.run import RunConfig, TrainConfig
@@ -58,10 +57,6 @@ def leaked_segment() -> None:
         return dataclasses.replace(whole, q_segment_ids=None, kv_segment_ids=None) if on_the_layout() else whole
 
     attention.AttentionMask = mask
-
-
-def objective(c: RunConfig) -> Objective:
-    return next_token(c.model, z_loss=c.train.z_loss, remat=c.train.remat, layout=c.mesh.layout)
 
 
 def main(fault: str) -> None:

@@ -4,12 +4,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.objectives.next_token import next_token
 from lm_jax.params import named
 from lm_jax.sharding import MeshConfig, abstract
+from lm_jax.training.selftest import KEEP
 from lm_jax.training.state import TrainState, abstract_state
 from lm_jax.training.step import make_train_step
 from tests.multi_device import layouts
@@ -18,10 +18,6 @@ from tests.support import tiny
 C = tiny.config(heads=16, kv_heads=8, head_dim=4, feed_forward_dim=64, qk_norm=True)
 NAMES = list(named(transformer_specs(C)))
 BATCH, PARAMS = tiny.batch(16, 16), tiny.parameters(C)
-KEEP = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradient, state, params=None: (jax.tree.map(jnp.zeros_like, gradient), gradient),
-)
 
 
 def run(config: MeshConfig, microbatches: int = 2) -> tuple[TrainState, dict[str, float]]:
