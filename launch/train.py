@@ -49,7 +49,7 @@ def main(config: ConfigDict) -> int:
     profile = None if PROFILE_STEPS.value is None else parse_steps(PROFILE_STEPS.value, run.train.total_steps)
     runtime.start(FLAGS, run)
 
-    from launch.fit import fitted
+    from launch.memory import fitted
     from lm_jax.training.loop import train
     from lm_jax.training.report import command_line
 

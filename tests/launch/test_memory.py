@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch import fit
+from launch import memory
 from lm_jax import costs
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import TransformerConfig
@@ -22,15 +22,15 @@ CONFIG = RunConfig(
 
 def need(policy: str) -> int:
     train = dataclasses.replace(CONFIG.train, remat=policy)
-    return fit._need(dataclasses.replace(CONFIG, train=train), 1)["total"]
+    return memory._need(dataclasses.replace(CONFIG, train=train), 1)["total"]
 
 
-@pytest.mark.parametrize("policy", fit.AUTO)
+@pytest.mark.parametrize("policy", memory.AUTO)
 def test_auto_is_the_first_policy_that_fits(policy: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    needs = [need(p) for p in fit.AUTO]
+    needs = [need(p) for p in memory.AUTO]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)  # each saves something
-    monkeypatch.setattr(costs, "device_memory", lambda device: int(need(policy) / fit._FILL) + 10)
-    assert fit.fitted(CONFIG).train.remat == policy
+    monkeypatch.setattr(costs, "device_memory", lambda device: int(need(policy) / memory._FILL) + 10)
+    assert memory.fitted(CONFIG).train.remat == policy
     assert f"auto is {policy}" in capsys.readouterr().err
 
 
@@ -38,22 +38,22 @@ def test_auto_fills_a_given_budget_or_stays_frugal(monkeypatch: pytest.MonkeyPat
     for available in (None, 10**12):
         monkeypatch.setattr(costs, "device_memory", lambda device, available=available: available)
         train = dataclasses.replace(CONFIG.train, memory_gb=need("dots") / 1e9 + 1e-6)
-        assert fit.fitted(dataclasses.replace(CONFIG, train=train)).train.remat == "dots"
+        assert memory.fitted(dataclasses.replace(CONFIG, train=train)).train.remat == "dots"
     monkeypatch.setattr(costs, "device_memory", lambda device: None)
-    assert fit.fitted(CONFIG).train.remat == "full"  # nothing is known
+    assert memory.fitted(CONFIG).train.remat == "full"  # nothing is known
 
 
 def test_what_does_not_fit_at_all_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "device_memory", lambda device: need("full") - 10)
     with pytest.raises(UserError, match=r"does not fit(.|\n)*this fits: --config.train.microbatches=2"):
-        fit.fitted(CONFIG)
+        memory.fitted(CONFIG)
 
 
 def test_named_policies_and_other_keys_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "device_memory", lambda device: 10**12)
     named = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, remat="full"))
-    assert fit.fitted(named) is named
-    settled = fit.fitted(CONFIG)
+    assert memory.fitted(named) is named
+    settled = memory.fitted(CONFIG)
     assert dataclasses.replace(settled, train=CONFIG.train) == CONFIG
 
 
@@ -64,7 +64,7 @@ def test_split_state_needs_less_of_a_device(monkeypatch: pytest.MonkeyPatch) -> 
         config = dataclasses.replace(
             CONFIG, mesh=MeshConfig(data=1, fsdp=8, **mesh), train=dataclasses.replace(CONFIG.train, remat="full")
         )
-        return fit._need(config, 8)
+        return memory._need(config, 8)
 
     whole = need_of_one = needs(zero=1)["parameters"]
     stages = [needs(zero=zero) for zero in (1, 2, 3)]
