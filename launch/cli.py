@@ -32,28 +32,46 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
 import lm_jax
-from lm_jax.config import did_you_mean, flatten, nearest
+from lm_jax.config import assign, did_you_mean, locate
 from lm_jax.errors import ConfigError, Failure, UserError
 
 USER_MISTAKE, FAILED = 2, 1
 MAX_LINES = 3
 
-# Of these two a run has one: who gives it on the command line need not unset the config's other.
-EITHER = (("train.steps", "train.tokens"), ("train.tokens", "train.steps"))
-
-Main = Callable[..., int | None]  # main(), or main(config)
+Main = Callable[..., int | None]  # main(), main(config), or main(config, file)
 
 
-def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False) -> NoReturn:
-    """Runs a launcher's `main` on this process's command line, and exits with what it returns (None is 0)."""
+class ConfigFile(NamedTuple):
+    """What `--config` names.
+
+    Attributes:
+      spec: as it was written: `configs/tiny.py:muon`.
+      module: the file, executed.
+      overrides: the keys that the command line gives, and how it writes their values.
+    """
+
+    spec: str
+    module: ModuleType
+    overrides: list[tuple[str, str | None]]
+
+
+def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False, file: bool = False) -> NoReturn:
+    """Runs a launcher's `main` on this process's command line, and exits with what it returns (None is 0).
+
+    Args:
+      main: the launcher's.
+      flag_values: what it declares.
+      config: whether it takes a config; `main` is handed its ConfigDict,
+      file: and the `ConfigFile` as well, where it declares more than a config.
+    """
     try:
-        code = status(main, flag_values, sys.argv, config=config)
+        code = status(main, flag_values, sys.argv, config=config, file=file)
     except Exception:
         if not _one_of_many():
             raise
@@ -71,7 +89,9 @@ def _one_of_many() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def status(main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, config: bool = False) -> int:
+def status(
+    main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, config: bool = False, file: bool = False
+) -> int:
     """The exit status of `main` on a command line (`argv[0]` is the program's name). See `run`."""
     logging.set_verbosity(logging.ERROR)  # what orbax and grain tell of their progress
     if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", arg) for arg in argv[1:]):
@@ -83,7 +103,9 @@ def status(main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, co
             parse(flag_values, rest, more=("config",))
             if not spec:
                 raise UserError("--config is missing\ngive a config file: --config=configs/tiny.py")
-            return main(overridden(load(spec), overrides)) or 0
+            loaded, module = load_file(spec)
+            values = overridden(loaded, overrides)
+            return (main(values, ConfigFile(spec, module, overrides)) if file else main(values)) or 0
         parse(flag_values, argv)
         return main() or 0
     except UserError as mistake:
@@ -168,7 +190,12 @@ def split(argv: Sequence[str]) -> tuple[str, list[tuple[str, str | None]], list[
 
 
 def load(spec: str) -> ConfigDict:
-    """The ConfigDict of `configs/tiny.py`, or of one of its variants: `configs/tiny.py:muon`.
+    """The ConfigDict of `configs/tiny.py`, or of one of its variants: `configs/tiny.py:muon`. See `load_file`."""
+    return load_file(spec)[0]
+
+
+def load_file(spec: str) -> tuple[ConfigDict, ModuleType]:
+    """The ConfigDict of `configs/tiny.py`, or of one of its variants: `configs/tiny.py:muon`; and the file itself.
 
     Raises:
       UserError: there is no such file or variant, or the file fails; names the file and its line.
@@ -195,7 +222,7 @@ def load(spec: str) -> ConfigDict:
         raise UserError(_failure(file, e)) from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned a {type(config).__name__}, not an ml_collections.ConfigDict")
-    return config
+    return config, module
 
 
 def _execute(file: Path) -> ModuleType:
@@ -246,50 +273,12 @@ def overridden(config: ConfigDict, overrides: Sequence[tuple[str, str | None]]) 
     Raises:
       ConfigError: an unknown key, with the nearest known one, or a value of another type.
     """
-    given = {key for key, _ in overrides}
+    values: dict[str, Any] = {}
     for key, text in overrides:
-        section, name = _find(config, key)
-        if name not in section and section.is_locked:
-            raise _unknown(config, key)
+        section, name = locate(config, key, "--config.")
         # A mapping that is open to new names, as evaluation.sets is, cannot tell the type that they are to have.
-        kind = section.get_type(name) if name in section else object
-        value = read(key, text, kind)
-        try:
-            section[name] = value
-        except TypeError:
-            raise ConfigError(f"--config.{key}", f"{text!r} is not of type {kind.__name__}") from None
-        for one, other in EITHER:
-            if key == one and value is not None and other not in given:
-                _set_none(config, other)
-    return config
-
-
-def _set_none(config: ConfigDict, key: str) -> None:
-    """Sets a key to None where the config has it."""
-    section, _, name = key.rpartition(".")
-    inner = config.get(section)
-    if isinstance(inner, ConfigDict) and name in inner:
-        inner[name] = None
-
-
-def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The section that a dotted key is in, and its name there."""
-    *path, name = key.split(".")
-    section = config
-    for part in path:
-        inner = section.get(part)
-        if not isinstance(inner, ConfigDict):
-            raise _unknown(config, key)
-        section = inner
-    return section, name
-
-
-def _unknown(config: ConfigDict, key: str) -> ConfigError:
-    known = flatten(config.to_dict())
-    near = nearest(key, known)
-    sections = ", ".join(config.keys())
-    remedy = f"did you mean --config.{near}?" if near else f"the sections are {sections}"
-    return ConfigError(f"--config.{key}", "there is no such key", remedy)
+        values[key] = read(key, text, section.get_type(name) if name in section else object)
+    return assign(config, values, "--config.")
 
 
 _KINDS: dict[Any, str] = {

@@ -24,7 +24,6 @@ from lm_jax.training.state import abstract_state
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = ("70b", "13b", "7b", "3b", "1b", "760m", "350m", "125m", "tiny")  # from the largest
-_UNKNOWN_VOCABULARY = 257  # of bytes; characters have fewer or are few beside the rest
 
 
 AUTO = ("none", "dots", "attention", "full")  # the policies that `auto` chooses from, the fastest first
@@ -40,7 +39,7 @@ def fitted(config: RunConfig) -> RunConfig:
     """
     available = costs.device_memory(jax.local_devices()[0])
     devices = jax.device_count()
-    known = _with_vocabulary(config)
+    known = config.with_likely_vocab()
     known.check_layout(devices)
     budget, train = config.train.memory_gb, config.train
     if train.remat == "auto":
@@ -54,7 +53,7 @@ def fitted(config: RunConfig) -> RunConfig:
         )
     if available is None:
         return config
-    problem = costs.shortage(_need(known, devices), available)
+    problem = costs.shortage(need(known, devices), available)
     if problem is None:
         return config
     here = f"{devices} x {jax.devices()[0].device_kind}"
@@ -73,18 +72,9 @@ def _fastest(config: RunConfig, devices: int, room: int) -> str:
 
     def need(policy: str) -> int:
         train = dataclasses.replace(config.train, remat=policy)
-        return _need(dataclasses.replace(config, train=train), devices)["total"]
+        return need(dataclasses.replace(config, train=train), devices)["total"]
 
     return next((policy for policy in AUTO[:-1] if need(policy) <= room), AUTO[-1])
-
-
-def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with the vocabulary that its tokenizer will have, as far as that is known before there is one."""
-    if config.model.vocab is not None:
-        return config
-    return config.with_vocab(
-        config.data.vocab_size if config.data.tokenizer == "sentencepiece" else _UNKNOWN_VOCABULARY
-    )
 
 
 def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:
@@ -93,7 +83,7 @@ def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:
     return abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=mesh_config)
 
 
-def _need(config: RunConfig, devices: int) -> dict[str, int]:
+def need(config: RunConfig, devices: int) -> dict[str, int]:
     mesh = costs.abstract_mesh(config.mesh, devices)
     train = config.train
     return costs.memory(
@@ -115,7 +105,7 @@ def _remedy(config: RunConfig, devices: int, available: int) -> str:
         return f"this fits:{_as_flags(keys)}"
     size = count(transformer_specs(config.model))
     for name in SHIPPED:
-        other = _with_vocabulary(build(RunConfig, load(str(CONFIGS / f"{name}.py"))))
+        other = build(RunConfig, load(str(CONFIGS / f"{name}.py"))).with_likely_vocab()
         if count(transformer_specs(other.model)) < size:
             keys = _fitting(dataclasses.replace(other, mesh=config.mesh), devices, available)
             if keys is not None:

@@ -7,6 +7,7 @@ what to say about them. `defaults` makes the ConfigDict from the dataclasses, so
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -224,6 +225,55 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if a != b:
             lines.append(f"{key}: {'absent' if a is absent else a} -> {'absent' if b is absent else b}")
     return lines
+
+
+# ------------------------------------------------------------------------------------------------ changing a ConfigDict
+
+# Of these two a run has one: who gives it need not unset the config's other.
+_EITHER = {"train.steps": "train.tokens", "train.tokens": "train.steps"}
+
+
+def locate(config: ConfigDict, key: str, prefix: str = "") -> tuple[ConfigDict, str]:
+    """The section that a dotted key is in, and its name there.
+
+    Args:
+      config: all sections.
+      key: `optimizer.learning_rate`.
+      prefix: what stands before keys in messages (`--config.`).
+
+    Raises:
+      ConfigError: there is no such key; names the nearest.
+    """
+    *path, name = key.split(".")
+    section: Any = config
+    for part in path:
+        section = section.get(part) if isinstance(section, ConfigDict) else None
+    if isinstance(section, ConfigDict) and (name in section or not section.is_locked):
+        return section, name
+    near = nearest(key, flatten(config.to_dict()))
+    remedy = f"did you mean {prefix}{near}?" if near else f"the sections are {', '.join(config.keys())}"
+    raise ConfigError(prefix + key, "there is no such key", remedy)
+
+
+def assign(config: ConfigDict, values: Mapping[str, Any], prefix: str = "") -> ConfigDict:
+    """`config` with other values, by dotted key. Where a run has one of two keys, giving one unsets the other.
+
+    Raises:
+      ConfigError: there is no such key, or its value is of another type.
+    """
+    for key, value in values.items():
+        section, name = locate(config, key, prefix)
+        try:
+            section[name] = value
+        except TypeError:
+            wanted = _NAMES.get(section.get_type(name), section.get_type(name).__name__)
+            raise ConfigError(prefix + key, f"{_show(value)} is not {wanted}") from None
+        other = _EITHER.get(key)
+        if other is not None and value is not None and other not in values:
+            with contextlib.suppress(ConfigError):  # a config that has only one of them
+                there, last = locate(config, other)
+                there[last] = None
+    return config
 
 
 # -------------------------------------------------------------------------------------------------------------- secrets

@@ -11,6 +11,8 @@ from lm_jax.sharding import MeshConfig
 from lm_jax.training.checkpoint import CheckpointConfig
 from lm_jax.training.optimizers import OptimizerConfig
 
+_OF_BYTES = 257  # a boundary too; characters have fewer, or are few beside the rest
+
 
 def _at_least(section: str, config: Any, least: dict[str, int]) -> None:
     """Raises ConfigError for the first field of a section that is below its least value; None passes."""
@@ -151,6 +153,12 @@ class RunConfig:
             problem = f"{vocab} ids are fewer than the {ids} of the tokenizer"
             raise ConfigError("model.vocab", problem, f"use {ids} or more, or leave it open")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab or ids))
+
+    def with_likely_vocab(self) -> "RunConfig":
+        """The config with the vocabulary that its tokenizer will have, as far as that is known before there is one."""
+        if self.model.vocab is not None:
+            return self
+        return self.with_vocab(self.data.vocab_size if self.data.tokenizer == "sentencepiece" else _OF_BYTES)
 
     def check_layout(self, devices: int) -> None:
         """Raises ConfigError where the mesh does not fit the devices, or does not divide what is split over it."""

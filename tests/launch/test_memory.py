@@ -22,7 +22,7 @@ CONFIG = RunConfig(
 
 def need(policy: str) -> int:
     train = dataclasses.replace(CONFIG.train, remat=policy)
-    return memory._need(dataclasses.replace(CONFIG, train=train), 1)["total"]
+    return memory.need(dataclasses.replace(CONFIG, train=train), 1)["total"]
 
 
 @pytest.mark.parametrize("policy", memory.AUTO)
@@ -64,7 +64,7 @@ def test_split_state_needs_less_of_a_device(monkeypatch: pytest.MonkeyPatch) -> 
         config = dataclasses.replace(
             CONFIG, mesh=MeshConfig(data=1, fsdp=8, **mesh), train=dataclasses.replace(CONFIG.train, remat="full")
         )
-        return memory._need(config, 8)
+        return memory.need(config, 8)
 
     whole = need_of_one = needs(zero=1)["parameters"]
     stages = [needs(zero=zero) for zero in (1, 2, 3)]

@@ -1,0 +1,270 @@
+"""Runs what a config file's `sweep` declares: `python -m launch.sweep --config=configs/sweeps/isoflop_tiny.py --workdir=DIR`.
+
+Lists, runs, resumes and collects. The same command goes on where an earlier one stopped; runs that have ended are not
+run again. Each run is a folder under DIR/runs as launch.train leaves it. Exit status: 0 all runs finished, 1 some
+failed, 2 the user's mistake, 75 stopped and not finished (start me again).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from launch import cli
+from lm_jax.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from lm_jax.scaling.outcome import Outcome
+    from lm_jax.scaling.pool import Job, Pool
+    from lm_jax.scaling.sweep import Run
+
+FLAGS = flags.FlagValues()
+WORKDIR = flags.DEFINE_string("workdir", None, "the sweep's folder (local, gs:// or s3://)", flag_values=FLAGS)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the table of runs, and run none", flag_values=FLAGS)
+RETRY = flags.DEFINE_bool("retry", False, "run those that have failed once more", flag_values=FLAGS)
+JOBS = flags.DEFINE_integer(
+    "jobs", None, "how many runs at a time; None: as many as fit", lower_bound=1, flag_values=FLAGS
+)
+
+STOPPED = 75
+_ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
+_CPU_FLOPS = 1.5e10  # a second and core, of models of a million parameters and less (x86, float32)
+
+
+def main(config: ConfigDict, file: cli.ConfigFile) -> int:
+    import jax
+
+    from lm_jax.paths import lock, run_path
+    from lm_jax.scaling import sweep
+
+    declare = getattr(file.module, "sweep", None)
+    if declare is None:
+        raise UserError(f"{file.spec} declares no sweep\nwrite a function sweep(s) beside get_config")
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the runs' processes
+    plan = sweep.plan(config, declare)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    if DRY_RUN.value:
+        print(_listing(plan.runs, {}, _machine(chosen)))
+        return 0
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing: the sweep's folder (local, gs:// or s3://)")
+    directory = run_path(WORKDIR.value)
+    with lock(directory):
+        return _run(plan.runs, directory, file, chosen)
+
+
+def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chosen: str) -> int:
+    """Runs what has not ended yet, and collects."""
+    from lm_jax.scaling import report
+    from lm_jax.scaling.display import Live
+    from lm_jax.scaling.pool import Pool, python
+
+    folders = {run.name: directory / "runs" / run.name for run in runs}
+    outcomes = _collect(runs, folders)
+    missing = [r for r in runs if r.name not in outcomes or (RETRY.value and not outcomes[r.name].finished)]
+    pool, stopped = None, False
+    if missing:
+        machine = _machine(chosen)
+        print(_listing(runs, outcomes, machine), flush=True)
+        _share_data(missing)
+        missing.sort(key=lambda run: -run.flops)  # the longest first: the processes then end together
+        slots, cores = _slots(missing, machine)
+        pool = Pool(python("launch.worker"), [_job(r, folders[r.name], file) for r in missing], slots, cores)
+        live = Live({r.name: r for r in missing}, folders, pool, done=len(runs) - len(missing))
+        stopped = _work(pool, live)
+        _write_failures(pool, {r.name: r for r in missing}, folders)
+        outcomes = _collect(runs, folders)
+    if stopped:
+        left = sum(run.name not in outcomes for run in runs)
+        print(f"stopped with {left} of {len(runs)} runs to go: the same command goes on", file=sys.stderr)
+        return STOPPED
+    made = report.write(directory, getattr(file.module, "REPORT", "runs"), runs, outcomes, command=_command(file))
+    print(made)
+    failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.finished}
+    if failed:
+        first = next(iter(failed))
+        raise Failure(
+            f"{len(failed)} of {len(runs)} runs failed; {first}: {failed[first]}\n"
+            f"see {folders[first]}/log.txt; --retry runs them once more"
+        )
+    return 0
+
+
+def _collect(runs: Sequence[Run], folders: Mapping[str, epath.Path]) -> dict[str, Outcome]:
+    """The outcomes that are there, by name.
+
+    Raises:
+      UserError: a run of that name was made with another config.
+    """
+    from lm_jax.scaling import outcome
+
+    found = {run.name: outcome.read(folders[run.name]) for run in runs}
+    for run in runs:
+        ended = found[run.name]
+        if ended is not None and ended.fingerprint != run.fingerprint:
+            raise UserError(
+                f"{folders[run.name]} was run with another config\n"
+                "give another --workdir, or delete that folder to run it again"
+            )
+    return {name: ended for name, ended in found.items() if ended is not None}
+
+
+def _work(pool: Pool, live: Any) -> bool:
+    """Waits for the pool, showing how it stands. Returns whether it was asked to stop."""
+    asked: list[int] = []
+    old = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    pool.start()
+    try:
+        while pool.working:
+            if asked:
+                pool.stop()
+            live.update()
+            pool.wait(0.5)
+    finally:
+        live.close()
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return bool(asked)
+
+
+def _write_failures(pool: Pool, runs: Mapping[str, Run], folders: Mapping[str, epath.Path]) -> None:
+    from lm_jax.scaling import outcome
+
+    for name, state in pool.states.items():
+        if state.status == "failed":
+            outcome.write(folders[name], outcome.Outcome(runs[name].fingerprint, "failed", state.reason))
+
+
+def _share_data(runs: Sequence[Run]) -> None:
+    """Makes tokenizers and tokens once for all runs, before any of them asks for it."""
+    from lm_jax.data.pipeline import prepare
+
+    made = set()
+    for run in runs:
+        data, length = run.config.data, run.config.train.length
+        if (data, length) not in made:
+            made.add((data, length))
+            prepare(data, length=length, seed=run.config.train.seed)
+
+
+def _job(run: Run, folder: epath.Path, file: cli.ConfigFile) -> Job:
+    from launch.runtime import cpu_devices
+    from lm_jax.config import to_dict
+    from lm_jax.scaling.pool import Job
+
+    payload = {
+        "name": run.name,
+        "config": to_dict(run.config),
+        "directory": os.fspath(folder),
+        "command": _train_command(run, folder, file),
+        "fingerprint": run.fingerprint,
+    }
+    return Job(run.name, payload, cpu_devices(run.config))
+
+
+def _train_command(run: Run, folder: epath.Path, file: cli.ConfigFile) -> str:
+    """What trains one run of the sweep by itself."""
+    words = ["python", "-m", "launch.train", f"--config={file.spec}", *_overrides(file)]
+    words += [f"--config.{key}={value}" for key, value in run.values.items()]
+    return shlex.join([*words, f"--workdir={folder}"])
+
+
+def _overrides(file: cli.ConfigFile) -> list[str]:
+    return [f"--config.{key}" + ("" if text is None else f"={text}") for key, text in file.overrides]
+
+
+def _command(file: cli.ConfigFile) -> str:
+    words = ["python", "-m", "launch.sweep", f"--config={file.spec}", *_overrides(file)]
+    return shlex.join([*words, f"--workdir={WORKDIR.value}"])
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+
+class Machine(NamedTuple):
+    """What the runs' processes find: the platform, how many devices, of which kind."""
+
+    platform: str
+    devices: int
+    kind: str
+
+
+@functools.cache
+def _machine(chosen: str) -> Machine:
+    """The machine as a process finds it that may use its devices: asking takes them."""
+    if chosen == "cpu":
+        return Machine("cpu", 1, "cpu")
+    ask = "import jax; d = jax.local_devices(); print(d[0].platform, len(d), d[0].device_kind, sep='|')"
+    try:
+        answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, timeout=300)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
+        lines = (e.stderr or "").strip().splitlines() if isinstance(e.stderr, str) else []
+        raise Failure(f"JAX finds no devices here: {lines[-1] if lines else e}") from e
+    platform, devices, kind = answer.stdout.strip().splitlines()[-1].split("|")
+    return Machine(platform, 1 if platform == "cpu" else int(devices), kind)
+
+
+def _slots(runs: Sequence[Run], machine: Machine) -> tuple[list[dict[str, str]], list[list[int] | None]]:
+    """The processes that work at a time: what each adds to the environment, and its cores."""
+    if machine.platform == "gpu":
+        alone = all(run.config.mesh.devices <= 1 for run in runs)  # negative where the mesh leaves an axis open
+        wanted = min(JOBS.value or machine.devices, machine.devices, len(runs)) if alone else 1
+        if wanted > 1:
+            return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(wanted)], [None] * wanted
+    if machine.platform != "cpu":
+        return [{}], [None]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    available = len(cores) if cores else os.cpu_count() or 1
+    wanted = max(1, min(JOBS.value or min(available, _fitting(runs)), len(runs)))
+    if cores is None or wanted > available:
+        return [{}] * wanted, [None] * wanted
+    share = available // wanted
+    return [{}] * wanted, [cores[i * share : (i + 1) * share] for i in range(wanted)]
+
+
+def _fitting(runs: Sequence[Run]) -> int:
+    """How many runs this machine's memory holds at a time."""
+    from launch.memory import need
+    from lm_jax.costs import host_memory
+
+    available = host_memory()
+    if available is None:
+        return 1
+    largest = max(runs, key=lambda run: run.parameters["total"] * 10 + run.config.train.tokens_per_step).config
+    return int(0.8 * available / (need(largest.with_likely_vocab(), 1)["total"] + 7e8))  # Python, JAX, XLA: 0.7 GB
+
+
+def _listing(runs: Sequence[Run], outcomes: Mapping[str, Outcome], machine: Machine) -> str:
+    from lm_jax.scaling.display import listing
+
+    speed = _speed(outcomes, machine)
+    status = {name: outcome.status for name, outcome in outcomes.items()}
+    return listing(runs, {run.name: run.flops / speed / 3600 for run in runs}, status)
+
+
+def _speed(outcomes: Mapping[str, Outcome], machine: Machine) -> float:
+    """FLOPs a second that a run is taken to reach: what earlier ones did, else an assumption."""
+    from lm_jax.costs import peak_flops
+
+    ended = [o for o in outcomes.values() if o.finished and o.seconds > 0]
+    if ended:
+        return sum(o.flops for o in ended) / sum(o.seconds for o in ended)
+    peak = peak_flops(machine.kind)
+    return _CPU_FLOPS * (os.cpu_count() or 1) if peak is None else _ASSUMED_MFU * peak * machine.devices
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, config=True, file=True)

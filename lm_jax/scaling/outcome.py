@@ -1,0 +1,111 @@
+"""What came of a sweep's run: read from its records once it has ended, kept in its folder as `result.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from typing import Any, Literal
+
+from etils import epath
+
+from lm_jax import costs, paths
+from lm_jax.config import build
+from lm_jax.errors import UserError
+from lm_jax.training.metrics import FILE, History, read_metrics
+from lm_jax.training.run import RunConfig
+
+RESULT = "result.json"
+SMOOTHED = 0.05  # of a run's steps: what its last training loss is the mean of
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      fingerprint: of the run; another config under the same name is another run.
+      status: finished, or failed.
+      reason: why it failed; empty where it did not.
+      loss: of held-out text, nats a token; None where there is none.
+      train_loss: mean over the last steps.
+      tokens: trained on.
+      flops: of training.
+      parameters: by part; see `costs.parameters`.
+      steps: done.
+      step_seconds: median of a step.
+      training_seconds: of all steps together, evaluations and saving left out.
+      seconds: of the whole run in the process that ended it, compiling included.
+      memory_bytes: that a step needs on each device, by estimate.
+      bad_steps: whose loss or gradient was not finite.
+    """
+
+    fingerprint: str
+    status: Literal["finished", "failed"]
+    reason: str = ""
+    loss: float | None = None
+    train_loss: float | None = None
+    tokens: int = 0
+    flops: float = 0.0
+    parameters: dict[str, int] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    step_seconds: float | None = None
+    training_seconds: float = 0.0
+    seconds: float = 0.0
+    memory_bytes: int | None = None
+    bad_steps: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+def finished(fingerprint: str, directory: epath.Path, *, seconds: float, memory_bytes: int | None) -> Outcome:
+    """The outcome of a run that has come to its end, from its records.
+
+    Args:
+      fingerprint: of the run; see `Run`.
+      directory: the run's.
+      seconds: that it took.
+      memory_bytes: that a step needs on each device.
+    """
+    config = build(RunConfig, json.loads(paths.read_text(directory / "config.json")))  # its vocabulary is known now
+    train = config.train
+    tokens = train.total_steps * train.tokens_per_step
+    history = History(read_metrics(directory / FILE))
+    evaluations = [record for record in history.evaluations if record.get("eval_loss") is not None]
+    last = max(1, round(SMOOTHED * len(history.losses)))
+    return Outcome(
+        fingerprint,
+        "finished",
+        loss=evaluations[-1]["eval_loss"] if evaluations else None,
+        train_loss=statistics.fmean(history.losses[-last:]) if history.losses else None,
+        tokens=tokens,
+        flops=costs.training_flops(config.model, train.length, tokens),
+        parameters=costs.parameters(config.model),
+        steps=train.total_steps,
+        step_seconds=statistics.median(history.seconds) if history.seconds else None,
+        training_seconds=math.fsum(history.seconds),
+        seconds=seconds,
+        memory_bytes=memory_bytes,
+        bad_steps=len(history.bad_tokens),
+    )
+
+
+def write(directory: epath.Path, outcome: Outcome) -> None:
+    """Writes `result.json`."""
+    paths.make_directory(directory)
+    paths.write_text_atomic(directory / RESULT, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+
+
+def read(directory: epath.Path) -> Outcome | None:
+    """The outcome that a run's folder holds; None where it has none that can be read."""
+    file = directory / RESULT
+    if not file.exists():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(paths.read_text(file))
+        return build(Outcome, values)
+    except (ValueError, TypeError, UserError):
+        return None  # damaged: the run ends once more, from its last checkpoint
