@@ -1,0 +1,268 @@
+"""What a sweep leaves for people: a page that opens from disk, its pictures, a summary, a table of runs.
+
+An analysis (a file each beside this one) says what was found; here it becomes files.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lm_jax import paths
+from lm_jax.scaling.outcome import Outcome
+from lm_jax.scaling.sweep import Run
+from lm_jax.training.report import git_commit, versions
+from lm_jax.training.terminal import count, duration
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture: the name of its file, what it shows, and the PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page: paragraphs, then pictures, then tables."""
+
+    title: str
+    text: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What an analysis found.
+
+    Attributes:
+      title: of the page.
+      summary: three sentences: what was found, and how sure that is.
+      sections: the rest of the page.
+      files: further files beside the page, by name (the next config).
+    """
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A run that has ended well."""
+
+    run: Run
+    outcome: Outcome
+
+    @property
+    def loss(self) -> float:
+        """Of held-out text; of training where none is held out. Nats a token."""
+        loss = self.outcome.loss if self.outcome.loss is not None else self.outcome.train_loss
+        assert loss is not None  # see `usable`
+        return loss
+
+    def label(self, word: str) -> str:
+        return self.run.labels.get(word, "")
+
+
+def usable(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> tuple[list[Ended], list[str]]:
+    """The runs to go by, and why the others are left out, a line each."""
+    ended, notes = [], []
+    for run in runs:
+        outcome = outcomes.get(run.name)
+        if outcome is None:
+            notes.append(f"{run.name} has not run")
+        elif not outcome.finished:
+            notes.append(f"{run.name} is left out: it failed ({outcome.reason})")
+        elif not any(loss is not None and np.isfinite(loss) for loss in (outcome.loss, outcome.train_loss)):
+            notes.append(f"{run.name} is left out: its loss is not finite")
+        else:
+            ended.append(Ended(run, outcome))
+            if outcome.bad_steps:
+                notes.append(f"{run.name}: {outcome.bad_steps} steps were not finite and not applied")
+    return ended, notes
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write(
+    directory: epath.Path,
+    analysis: Analysis,
+    runs: Sequence[Run],
+    outcomes: Mapping[str, Outcome],
+    *,
+    command: str,
+    commands: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> epath.Path:
+    """Writes `report.html`, `summary.md`, `runs.csv`, the pictures and the analysis' own files.
+
+    Args:
+      directory: the sweep's.
+      analysis: what was found.
+      runs, outcomes: of the sweep.
+      command: what makes all this again.
+      commands: what trains each run by itself, by name.
+      notes: what was left out and why.
+
+    Returns:
+      The page's path.
+    """
+    for picture in _pictures(analysis):
+        paths.write_bytes_atomic(directory / picture.name, picture.png)
+    for name, text in analysis.files.items():
+        paths.write_text_atomic(directory / name, text)
+    paths.write_text_atomic(directory / "runs.csv", _csv(runs, outcomes))
+    paths.write_text_atomic(directory / "summary.md", _summary(analysis, command, notes))
+    page = directory / "report.html"
+    paths.write_text_atomic(page, _page(analysis, runs, outcomes, command, commands, notes))
+    return page
+
+
+def _pictures(analysis: Analysis) -> list[Picture]:
+    return [picture for section in analysis.sections for picture in section.pictures]
+
+
+def _csv(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> str:
+    """A line a run, fit for `launch.fit --csv`."""
+    words = list(dict.fromkeys(word for run in runs for word in run.labels))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = ["parameters", "parameters_without_embedding", "tokens", "flops", "loss", "train_loss", "steps"]
+    columns += ["step_seconds", "seconds", "memory_bytes", "bad_steps", "status", "reason"]
+    writer.writerow(["name", *words, *columns])
+    for run in runs:
+        o = outcomes.get(run.name) or Outcome(run.fingerprint, "failed", "has not run")
+        sizes = o.parameters or run.parameters
+        values = [sizes["total"], sizes["without_embedding"], run.tokens, repr(run.flops), o.loss, o.train_loss]
+        values += [o.steps, o.step_seconds, round(o.seconds, 2), o.memory_bytes, o.bad_steps, o.status, o.reason]
+        writer.writerow([run.name, *(run.labels.get(word, "") for word in words), *values])
+    return out.getvalue()
+
+
+def _made_by(command: str) -> list[tuple[str, str]]:
+    found = versions()
+    packages = ", ".join(f"{name} {version}" for name, version in found.items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    return [("command", command), ("commit", git_commit() or "not from a checkout"), ("versions", packages),
+            ("machine", machine)]  # fmt: skip
+
+
+def _summary(analysis: Analysis, command: str, notes: Sequence[str]) -> str:
+    lines = [f"# {analysis.title}", "", " ".join(analysis.summary), ""]
+    lines += [f"![{p.caption}]({p.name})" for p in _pictures(analysis)[:1]] + [""]
+    lines += ["Left out or to be known:", "", *(f"- {note}" for note in notes), ""] if notes else []
+    lines += [f"- {name}: `{text}`" for name, text in _made_by(command)]
+    return "\n".join([*lines, "", "All of it: [report.html](report.html)", ""])
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 62rem;
+       padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: .2rem 0 1rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+.summary { background: #f2f6fa; border-left: 4px solid #2b6cb0; padding: .8rem 1rem; font-size: 1.05rem; }
+img { max-width: 100%; height: auto; border: 1px solid #ddd; } figure { margin: 1rem 0; }
+figcaption { color: #555; font-size: .9rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
+tr.failed td { color: #b00020; } code, pre { font-size: .85rem; background: #f6f6f6; }
+pre { padding: .6rem; overflow-x: auto; } .notes { color: #7a4b00; } details { margin: .5rem 0; }
+"""
+
+
+def _page(
+    analysis: Analysis,
+    runs: Sequence[Run],
+    outcomes: Mapping[str, Outcome],
+    command: str,
+    commands: Mapping[str, str],
+    notes: Sequence[str],
+) -> str:
+    e = html.escape
+    parts = [f"<h1>{e(analysis.title)}</h1>", f'<p class="summary">{e(" ".join(analysis.summary))}</p>']
+    if notes:
+        parts.append('<ul class="notes">' + "".join(f"<li>{e(note)}</li>" for note in notes) + "</ul>")
+    for section in analysis.sections:
+        parts.append(f"<h2>{e(section.title)}</h2>")
+        parts += [f"<p>{e(text)}</p>" for text in section.text]
+        for picture in section.pictures:
+            data = base64.b64encode(picture.png).decode()
+            parts.append(
+                f'<figure><img alt="{e(picture.caption)}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{e(picture.caption)} ({e(picture.name)})</figcaption></figure>"
+            )
+        parts += [_table(table) for table in section.tables]
+    for name, text in analysis.files.items():
+        parts.append(f"<h2>{e(name)}</h2><pre>{e(text)}</pre>")
+    parts += ["<h2>Runs</h2>", _runs(runs, outcomes)]
+    parts.append("<h2>How this was made</h2><ul>")
+    parts += [f"<li>{e(name)}: <code>{e(text)}</code></li>" for name, text in _made_by(command)]
+    parts.append("</ul><details><summary>The command of each run</summary>")
+    parts += [f"<pre>{e(commands[run.name])}</pre>" for run in runs]
+    body = "\n".join([*parts, "</details>"])
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{e(analysis.title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    e = html.escape
+    head = "".join(f"<th>{e(c)}</th>" for c in table.columns)
+    rows = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in table.rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _runs(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> str:
+    """The table of runs, with links to their curves and reports."""
+    e = html.escape
+    rows = []
+    for run in runs:
+        o = outcomes.get(run.name)
+        folder = f"runs/{run.name}"
+        cells = [f'<a href="{e(folder)}/report.md">{e(run.name)}</a>']
+        if o is None or not o.finished:
+            what = "has not run" if o is None else f"failed: {o.reason}"
+            rows.append(f'<tr class="failed"><td>{cells[0]}</td><td colspan="7">{e(what)}</td></tr>')
+            continue
+        loss = "" if o.loss is None else f"{o.loss:.4f}"
+        values = [count(o.parameters["total"]), count(o.tokens), f"{o.flops:.3g}", loss]
+        values += [duration(o.seconds), f"{max(0.0, o.seconds - o.training_seconds):.1f}s"]
+        cells += [e(v) for v in values] + [f'<a href="{e(folder)}/loss.png">curve</a>']
+        rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    head = ("run", "parameters", "tokens", "FLOPs", "loss", "time", "of it not steps", "")
+    return (
+        '<div class="wide"><table><tr>'
+        + "".join(f"<th>{h}</th>" for h in head)
+        + f"</tr>{''.join(rows)}</table></div>"
+    )
