@@ -89,7 +89,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 
 def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:
     specs = transformer_specs(config.model)
-    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
+    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps, config.model.scale)
     return abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=mesh_config)
 
 
