@@ -79,7 +79,7 @@ def _fastest(config: RunConfig, devices: int, room: int) -> str:
 
 def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:
     specs = transformer_specs(config.model)
-    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
+    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps, config.model.scale)
     return abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=mesh_config)
 
 

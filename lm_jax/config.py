@@ -204,6 +204,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` wrote when the dataclass `cls` had fewer fields, with each later one at its default."""
+    full = {**defaults(cls).to_dict(), **values}
+    for name, hint in _hints(cls).items():
+        kind = _without_none(hint)[0]
+        if dataclasses.is_dataclass(kind) and isinstance(values.get(name), Mapping):
+            full[name] = completed(typing.cast(type, kind), values[name])
+    return full
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, by dotted key. An empty mapping has no keys and is left out."""
     flat: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lm_jax import config as config_lib
-from lm_jax.config import build, defaults, differences, nearest, redact, to_dict
+from lm_jax.config import build, completed, defaults, differences, nearest, redact, to_dict
 from lm_jax.errors import ConfigError
 
 
@@ -190,6 +190,14 @@ def test_to_dict_is_the_inverse_of_build_through_json() -> None:
     run = build(Run, {"model": {"layers": 2, "window": [3, 4]}, "evaluation": {"sets": {"a": "b"}}})
     assert build(Run, json.loads(json.dumps(to_dict(run)))) == run
     assert to_dict(run)["model"]["window"] == [3, 4]
+
+
+def test_keys_that_a_config_had_not_yet_are_at_their_defaults() -> None:
+    now = to_dict(build(Run, {"model": {"layers": 2}, "evaluation": {"weights": {"b": 2.0}}}))
+    before = {section: dict(values) for section, values in now.items()}
+    del before["model"]["embed"], before["evaluation"]["every"], before["optimizer"]
+    assert differences(completed(Run, before), now) == []  # names of the user's own are not keys that are missing
+    assert completed(Run, {"model": {"layers": 2, "embed": 7}})["model"]["embed"] == 7
 
 
 def test_differences_name_each_changed_key() -> None:

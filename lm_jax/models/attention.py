@@ -14,6 +14,7 @@ from lm_jax.errors import ConfigError
 from lm_jax.kernels.flash_attention import IMPLEMENTATIONS, AttentionMask, flash_attention
 from lm_jax.models.linear import linear, linears
 from lm_jax.models.norms import NormConfig, norm, norm_specs
+from lm_jax.models.parametrization import ParametrizationConfig
 from lm_jax.models.positions import POSITIONS, PositionConfig
 from lm_jax.params import Initializer, ParamSpec, scaled_normal, zeros
 from lm_jax.sharding import LAYOUT, Layout, constrain
@@ -23,7 +24,7 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig(NormConfig, PositionConfig):
+class AttentionConfig(NormConfig, PositionConfig, ParametrizationConfig):
     """How a layer attends.
 
     Attributes:
@@ -54,6 +55,7 @@ class AttentionConfig(NormConfig, PositionConfig):
     def __post_init__(self) -> None:
         NormConfig.__post_init__(self)
         PositionConfig.__post_init__(self)
+        ParametrizationConfig.__post_init__(self)
         for name in ("embed", "heads", "kv_heads", "head_dim", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -158,6 +160,7 @@ def attention(
         k,
         v,
         mask=mask,
+        scale=c.attention_scale(c.head_size),
         soft_cap=c.attention_soft_cap,
         position_bias=POSITIONS[c.position].bias(c.heads),
         sinks_N=params.get("sinks"),

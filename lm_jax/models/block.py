@@ -50,22 +50,39 @@ def block(
     segment_ids_BT: Array | None,
     cache: KeyValueCache | None = None,
     layout: Layout = LAYOUT,
+    depth: float = 1.0,
 ) -> tuple[Array, KeyValueCache | None]:
-    """`[B, T, D]` -> `[B, T, D]`, and the layer's cache where one is given. Arguments as of `attention`."""
+    """`[B, T, D]` -> `[B, T, D]`, and the layer's cache where one is given.
 
-    def normed(name: str, x_BTD: Array) -> Array:
-        y = norm(params[name], x_BTD, c=c)
-        return constrain(y, "batch", "length", "features") if layout.split_residual else y
-
-    y, cache = attention(
-        params["attention"],
-        normed("attention_norm", x_BTD),
-        c=c,
-        rotation=rotation,
-        segment_ids_BT=segment_ids_BT,
-        cache=cache,
-        layout=layout,
-    )
+    Arguments as of `attention`; `depth` is what the two sums over the model's blocks are divided by, a term each.
+    """
+    given = {"rotation": rotation, "segment_ids_BT": segment_ids_BT, "cache": cache, "layout": layout}
+    y, cache = attention_branch(params, x_BTD, c=c, depth=depth, **given)
     x_BTD = x_BTD + y
-    y = feed_forward(params["feed_forward"], normed("feed_forward_norm", x_BTD), c=c, length=layout.residual)
-    return x_BTD + y, cache
+    return x_BTD + feed_forward_branch(params, x_BTD, c=c, layout=layout, depth=depth), cache
+
+
+def attention_branch(
+    params: Params, x_BTD: Array, *, c: BlockConfig, layout: Layout = LAYOUT, depth: float = 1.0, **given: Any
+) -> tuple[Array, KeyValueCache | None]:
+    """What attention adds to the residual stream, and the layer's cache. Arguments as of `block`."""
+    x_BTD = _normed(params["attention_norm"], x_BTD, c, layout)
+    y, cache = attention(params["attention"], x_BTD, c=c, layout=layout, **given)
+    return _shared(y, depth), cache
+
+
+def feed_forward_branch(
+    params: Params, x_BTD: Array, *, c: BlockConfig, layout: Layout = LAYOUT, depth: float = 1.0
+) -> Array:
+    """What the feed-forward layer adds to the residual stream. Arguments as of `block`."""
+    x_BTD = _normed(params["feed_forward_norm"], x_BTD, c, layout)
+    return _shared(feed_forward(params["feed_forward"], x_BTD, c=c, length=layout.residual), depth)
+
+
+def _normed(params: Params, x_BTD: Array, c: BlockConfig, layout: Layout) -> Array:
+    y = norm(params, x_BTD, c=c)
+    return constrain(y, "batch", "length", "features") if layout.split_residual else y
+
+
+def _shared(y_BTD: Array, depth: float) -> Array:
+    return y_BTD if depth == 1 else y_BTD * (1 / depth)

@@ -16,6 +16,7 @@ from lm_jax.models.attention import KeyValueCache, empty_cache
 from lm_jax.models.block import BlockConfig, block, block_specs
 from lm_jax.models.linear import PRODUCT, linear
 from lm_jax.models.norms import norm, norm_specs
+from lm_jax.models.parametrization import Scale
 from lm_jax.models.positions import POSITIONS
 from lm_jax.params import Normal, ParamSpec, map_specs, scaled_normal, stack, unstacked, zeros
 from lm_jax.sharding import LAYOUT, Layout, axis_size, constrain, gather_weights, out_sharding, platform
@@ -93,17 +94,23 @@ class TransformerConfig(BlockConfig):
             return jnp.float32 if platform() == "cpu" else jnp.bfloat16
         return DTYPES[self.dtype]
 
+    @property
+    def scale(self) -> Scale:
+        """How many times as wide and as deep as its base the model is."""
+        width = 1.0 if self.base_embed is None else self.embed / self.base_embed
+        return Scale(width, 1.0 if self.base_layers is None else self.layers / self.base_layers)
+
 
 def transformer_specs(c: TransformerConfig) -> dict[str, Any]:
     """All parameters: `embedding` `[V, D]`, `blocks` (stacked), `final_norm`, and `output` `[D, V]` unless tied."""
-    out_scale = (2 * c.layers) ** -0.5 if c.output_init == "scaled" else 0.0
+    out_scale = (2 * (c.base_layers or c.layers)) ** -0.5 if c.output_init == "scaled" else 0.0
     specs = {
         "embedding": ParamSpec((c.ids, c.embed), ("vocab", "embed"), Normal(c.embedding_std), fan_in=(), decay=False),
         "blocks": stack(block_specs(c, out_scale), c.layers),
         "final_norm": norm_specs(c, c.embed),
     }
     if not c.tied:
-        init = scaled_normal(c.embed) if c.output_init == "scaled" else zeros
+        init = scaled_normal(c.base_embed or c.embed) if c.output_init == "scaled" else zeros
         specs["output"] = ParamSpec((c.embed, c.ids), ("embed", "vocab"), init)
     return specs
 
@@ -146,8 +153,8 @@ def hidden(
         x_BTD: Array, layer_params: Params, layer_cache: KeyValueCache | None
     ) -> tuple[Array, KeyValueCache | None]:
         weights = gather_weights(layer_params, layer_specs, c.compute_dtype)
-        ids = segment_ids_BT
-        return block(weights, x_BTD, c=c, rotation=rotation, segment_ids_BT=ids, cache=layer_cache, layout=layout)
+        given = {"rotation": rotation, "segment_ids_BT": segment_ids_BT, "cache": layer_cache, "layout": layout}
+        return block(weights, x_BTD, c=c, depth=c.scale.depth, **given)
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=not c.scan)
@@ -194,8 +201,11 @@ def _unstack(stacked: Array, layers: int) -> tuple[Array, ...]:
 
 
 def output_weight(params: Params, c: TransformerConfig) -> Array:
-    """`[D, V]` in the dtype of compute, whole over fsdp and split over the vocabulary."""
+    """`[D, V]` in the dtype of compute, whole over fsdp and split over the vocabulary; divided by the model's width
+    over its base's."""
     w = params["embedding"].T if c.tied else params["output"]
+    if c.scale.width != 1:  # before the cast, which would round it once more
+        w = w * (1 / c.scale.width)
     return constrain(w.astype(c.compute_dtype), None, "vocab")
 
 

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from lm_jax import paths
-from lm_jax.config import differences, redact, to_dict
+from lm_jax.config import completed, differences, redact, to_dict
 from lm_jax.data.loader import Batches
 from lm_jax.data.pipeline import Prepared, TextSet, prepare, prepare_evaluation
 from lm_jax.errors import ConfigError, UserError
@@ -197,15 +197,17 @@ def _check_same_run(metadata: dict[str, Any], config: RunConfig, data: Prepared)
     Raises:
       UserError: where it is something that makes it another run.
     """
-    new = redact(to_dict(config))
-    changed = differences(metadata["config"]["model"], new["model"])
+    old, new = completed(RunConfig, metadata["config"]), redact(to_dict(config))
+    changed = differences(old["model"], new["model"])
     shapes = [line for line in changed if not line.startswith(("dtype", "scan"))]
     if shapes and "model" not in config.checkpoint.accept:
         raise UserError(
             f"the checkpoint is of another model: {'; '.join('model.' + line for line in shapes[:3])}\n"
             'give another workdir, or go on all the same with checkpoint.accept = ("model",)'
         )
-    lines = compare(metadata, {"identity": _identity(config, data), "config": new}, config.checkpoint.accept)
+    lines = compare(
+        metadata | {"config": old}, {"identity": _identity(config, data), "config": new}, config.checkpoint.accept
+    )
     return [f"changed: {line}" for line in lines]
 
 

@@ -22,6 +22,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lm_jax.errors import ConfigError
+from lm_jax.models.parametrization import STANDARD, Scale
 from lm_jax.params import Array, ParamSpec, Role, Tree, decay_mask, map_specs, role
 from lm_jax.sharding import on_whole_matrices
 from lm_jax.training.schedules import SCHEDULES
@@ -129,21 +130,72 @@ class OptimizerConfig:
 # ------------------------------------------------------------------------------------------------------------- assembly
 
 
-def make_optimizer(config: OptimizerConfig, specs: Tree, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, specs: Tree, steps: int, scale: Scale = STANDARD
+) -> optax.GradientTransformation:
     """The optimizer of a config for parameters with these specs, in a run of so many steps.
 
-    Its `update` needs the parameters as well as the gradients.
+    Its `update` needs the parameters as well as the gradients. `scale` is the model's (`TransformerConfig.scale`).
     """
+    # Gradients shrink as the model grows, and what is added to their size is to shrink with them (Yang et al. 2022,
+    # appendix B.3; Dey et al. 2025, table 1).
+    sized = dataclasses.replace(config, eps=config.eps / (scale.width * scale.depth))
     return optax.chain(
-        RULES[config.name](config, specs),
+        _scaled(RULES[config.name](sized, specs), multipliers(config, specs, scale)),
         optax.add_decayed_weights(config.weight_decay, decay_mask(specs)),
         _descend(peak_rates(config, specs), SCHEDULES[config.schedule](config, steps)),
     )
 
 
 def peak_rates(config: OptimizerConfig, specs: Tree) -> Tree:
-    """Each parameter's peak rate: a float a leaf. The one place for per-parameter multipliers."""
+    """Each parameter's peak rate: a float a leaf; `multipliers` come on top of it."""
     return map_specs(lambda s: config.peak_rate(role(s)), specs)
+
+
+# What a parameter's learning rate is multiplied by is the width over the base's to the power that stands here, by the
+# optimizer and the parameter's role; 0 where none stands. With `n` the width, a weight matrix is to change by order
+# 1/n a number, everything else by order 1, and gradients are of order 1/n (Yang et al. 2022, table 8):
+#   - Adam's and Lion's directions are of order 1, whatever the gradient;
+#   - SGD's are the gradient;
+#   - Adafactor's are of the size of the weight: n^-0.5 for a matrix, which starts at fan_in^-0.5;
+#   - Muon's matrices have a spectral norm that depends on nothing but their proportions, and a weight matrix is to
+#     change by just that (Yang et al. 2023, arXiv:2310.17813); the rest is Adam's.
+WIDTH_POWERS: dict[str, dict[Role, float]] = {
+    "adamw": {"matrix": -1.0},
+    "lion": {"matrix": -1.0},
+    "adafactor": {"matrix": -0.5},
+    "sgd": {"embedding": 1.0, "head": 1.0, "vector": 1.0},
+    "muon": {},
+}
+# The same of the depth, for what is in blocks: their branches are divided by it, and so are their gradients. All but
+# SGD forget the gradient's size.
+DEPTH_POWERS: dict[str, float] = {"adamw": 0.0, "lion": 0.0, "adafactor": 0.0, "sgd": 1.0, "muon": 0.0}
+
+
+def multipliers(config: OptimizerConfig, specs: Tree, scale: Scale) -> Tree:
+    """What each parameter's direction is multiplied by, so that one learning rate serves models of every size: a float
+    a leaf. The one place for per-parameter multipliers.
+
+    Weight decay is not multiplied: a step takes the same share off a weight at every size (Dey et al. 2025, table 1).
+    """
+
+    def one(spec: ParamSpec) -> float:
+        depth = scale.depth ** DEPTH_POWERS[config.name] if "layers" in spec.axes else 1.0
+        return float(depth * scale.width ** WIDTH_POWERS[config.name].get(role(spec), 0.0))
+
+    return map_specs(one, specs)
+
+
+def _scaled(rule: optax.GradientTransformation, factors: Tree) -> optax.GradientTransformation:
+    """A rule with its directions multiplied, leaf by leaf. Its state is the rule's own: a checkpoint looks the same."""
+    if all(factor == 1 for factor in jax.tree.leaves(factors)):
+        return rule
+
+    def update(updates: Tree, state: optax.OptState, params: Tree | None = None) -> tuple[Tree, optax.OptState]:
+        directions, state = rule.update(updates, state, params)
+        return jax.tree.map(lambda factor, u: factor * u, factors, directions), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _descend(rates: Tree, fraction: optax.Schedule) -> optax.GradientTransformation:

@@ -78,7 +78,7 @@ def make_program(config: RunConfig, mesh: jax.sharding.Mesh, objective: Objectiv
     """
     config.check_layout(mesh.size)
     specs = transformer_specs(config.model)
-    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps)
+    optimizer = make_optimizer(config.optimizer, specs, config.train.total_steps, config.model.scale)
     try:
         abstract = abstract_state(specs, optimizer, mesh, ema=config.optimizer.ema is not None, config=config.mesh)
     except ValueError as e:

@@ -279,6 +279,26 @@ def test_other_text_and_another_seed_go_on_where_they_are_accepted(
     assert jobs.last_step(again) == 21
 
 
+def test_a_checkpoint_from_before_a_key_is_no_other_model(
+    again: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    later = ("parametrization", "base_embed", "base_layers", "base_head_dim")
+    read = loop.Checkpointer.read_metadata
+
+    def earlier(checkpoints: loop.Checkpointer) -> dict[str, Any]:
+        metadata = read(checkpoints)
+        model = {key: value for key, value in metadata["config"]["model"].items() if key not in later}
+        return metadata | {"config": metadata["config"] | {"model": model}}
+
+    monkeypatch.setattr(loop.Checkpointer, "read_metadata", earlier)
+    assert train(small(text, train__steps=21), again) == loop.FINISHED
+    told = capfd.readouterr().err
+    assert "train.steps" in told and "parametrization" not in told
+    sized = {"model__parametrization": "mup", "model__base_embed": 8}
+    with pytest.raises(UserError, match=r"another model: model.parametrization: standard -> mup"):
+        train(small(text, train__steps=22, **sized), again)
+
+
 def test_another_model_is_accepted_only_where_its_weights_fit(again: Path, text: Path) -> None:
     config = small(text, train__steps=21, model__logit_soft_cap=30.0, checkpoint__accept=("model",))
     assert train(config, again) == loop.FINISHED

@@ -3,6 +3,7 @@
 Run as a program, this file is the comparison on 8 simulated devices (they must be asked for before JAX starts).
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from lm_jax.errors import ConfigError
+from lm_jax.models.parametrization import Scale
 from lm_jax.params import Normal, ParamSpec, is_spec, named, ones, path_name, stack, unstacked
 from lm_jax.sharding import MeshConfig, abstract, make_mesh, on_mesh
 from lm_jax.training.optimizers import (
@@ -23,6 +25,7 @@ from lm_jax.training.optimizers import (
     OptimizerConfig,
     ema_update,
     make_optimizer,
+    multipliers,
     newton_schulz,
     orthogonalize,
     peak_rates,
@@ -222,6 +225,56 @@ def test_rates_of_muons_adam_groups() -> None:
     rates = flat(peak_rates(given, SPECS))
     assert [rates[n] for n in ("lone", "table", "head", "norm")] == [0.06, 0.3, 0.2, 0.1]
     assert set(jax.tree.leaves(peak_rates(OptimizerConfig(name="adamw", learning_rate=0.06), SPECS))) == {0.06}
+
+
+# ------------------------------------------------------------------------------------------------- width and depth
+
+# What a direction is multiplied by for a model four times as wide and three times as deep as its base: of a matrix in a
+# block, a matrix outside of them, the table, the head, a vector in a block, a vector outside.
+SIZED = {
+    "adamw": (1 / 4, 1 / 4, 1, 1, 1, 1),
+    "lion": (1 / 4, 1 / 4, 1, 1, 1, 1),
+    "adafactor": (1 / 2, 1 / 2, 1, 1, 1, 1),
+    "sgd": (3, 1, 4, 4, 12, 4),
+    "muon": (1, 1, 1, 1, 1, 1),
+}
+LEAVES = ("blocks/out", "lone", "table", "head", "blocks/norm", "norm")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_steps_of_a_larger_model(name: str) -> None:
+    """Directions are multiplied as the table says, decay is not, and the state has the same leaves."""
+    config = OptimizerConfig(name=name, weight_decay=0.5, schedule="constant", warmup_steps=0, eps=1e-12)
+    found = flat(multipliers(config, SPECS, Scale(4.0, 3.0)))
+    assert tuple(found[leaf] for leaf in LEAVES) == SIZED[name]
+    params, gradients = values(SPECS, 0), values(SPECS, 1)
+
+    def step(scale: Scale, decay: float) -> tuple[dict[str, np.ndarray], Any]:
+        optimizer = make_optimizer(dataclasses.replace(config, weight_decay=decay), SPECS, 4, scale)
+        updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        return flat(updates), jax.tree.structure(state)
+
+    plain, structure = step(Scale(), 0.0)
+    decayed = step(Scale(), 0.5)[0]
+    got, structure_sized = step(Scale(4.0, 3.0), 0.5)
+    assert structure_sized == structure
+    for path in plain:
+        want = found[path] * plain[path] + (decayed[path] - plain[path])
+        np.testing.assert_allclose(got[path], want, rtol=1e-4, atol=1e-7, err_msg=path)
+
+
+def test_adam_s_epsilon_shrinks_with_the_gradients() -> None:
+    config = OptimizerConfig(eps=1e-3, weight_decay=0.0, schedule="constant", warmup_steps=0)
+    params, gradients = values(SPECS, 0), values(SPECS, 1)
+
+    def step(scale: Scale) -> dict[str, np.ndarray]:
+        optimizer = make_optimizer(config, SPECS, 4, scale)
+        smaller = jax.tree.map(lambda g: g / (scale.width * scale.depth), gradients)
+        return flat(jax.jit(optimizer.update)(smaller, optimizer.init(params), params)[0])
+
+    base, wide = step(Scale()), step(Scale(4.0, 2.0))
+    np.testing.assert_allclose(wide["head"], base["head"], rtol=1e-5)
+    np.testing.assert_allclose(wide["lone"], base["lone"] / 4, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- Muon
