@@ -68,7 +68,7 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
 
 def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chosen: str) -> int:
     """Runs what has not ended yet, and collects."""
-    from lm_jax.scaling import report
+    from lm_jax.scaling.reports import make as report
     from lm_jax.scaling.display import Live
     from lm_jax.scaling.pool import Pool, python
 

@@ -1,40 +1,29 @@
-"""IsoFLOP profiles (Chinchilla's approach 2)."""
+"""IsoFLOP profiles (Chinchilla's approach 2): several sizes at each of four budgets, from which the law is fitted.
+
+The largest budget is held out: the law of the others predicts its loss.
+
+    python -m launch.sweep --config=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
+"""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.sweeps.base import in_proportion, small, widths
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "isoflop"
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.model.layers = 3
-    config.model.head_dim = 16
-    config.model.feed_forward = "squared_relu"
-    config.model.qk_norm = True
-    config.model.scan = False
-    config.data.tokenizer = "bytes"
-    config.train.batch_size = 16
-    config.train.length = 128
-    config.optimizer.learning_rate = 4e-3
-    config.evaluation.batches = 64
-    config.evaluation.prompt = None
-    return config
-
-
-def warm_up(config: ConfigDict) -> dict[str, int]:
-    steps = config.train.tokens // (config.train.batch_size * config.train.length)
-    return {"optimizer.warmup_steps": steps // 10, "checkpoint.every": steps}
+    return small()
 
 
 def sweep(s: Sweep) -> Points:
-    def sizes(*widths: int) -> Points:
-        return s.zip(s.each("model.embed", widths), [p for p in s.each("model.heads", [w // 16 for w in widths])])
-
-    return s.conditional(s.chain(
-        s.budget([2e10], sizes(32, 48, 64)),
-    ), warm_up)
+    profiles = s.chain(
+        s.budget([4e11], widths(s, (32, 48, 64, 80, 96))),
+        s.budget([8e11], widths(s, (32, 48, 64, 80, 96, 112))),
+        s.budget([1.6e12], widths(s, (48, 64, 80, 96, 128))),
+        s.budget([4e12], widths(s, (64, 80, 96, 128, 160))),
+    )
+    return in_proportion(s, profiles)

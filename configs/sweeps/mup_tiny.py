@@ -1,0 +1,32 @@
+"""Learning rates by width, standard parametrisation beside muP: with muP the best rate stays where it is.
+
+    python -m launch.sweep --config=configs/sweeps/mup_tiny.py --workdir=runs/mup_tiny
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.sweeps.base import in_proportion, small, widths
+from lm_jax.scaling.sweep import Points, Sweep
+
+REPORT = "rates"
+
+
+def get_config() -> ConfigDict:
+    config = small()
+    config.model.layers = 2
+    config.train.steps = 100
+    config.train.length = 64
+    config.evaluation.batches = 64
+    return config
+
+
+def sweep(s: Sweep) -> Points:
+    standard = {"model.base_embed": None}
+    kinds = s.conditional(
+        s.each("model.parametrization", ("standard", "mup")),
+        lambda c: standard if c.model.parametrization == "standard" else None,
+    )
+    rates = s.each("optimizer.learning_rate", [2.0**-k for k in (9, 8, 7, 6, 5, 4)])
+    return in_proportion(s, s.product(kinds, widths(s, (64, 256)), rates, s.seeds(1)))
