@@ -1,8 +1,8 @@
 """Forms of scaling laws: the loss of a model of N parameters after D tokens.
 
-A form is fitted in the logarithms of its terms, and with log N and log D counted from their means: there the parameters
-are nearly independent of each other, while log A and alpha are not (a law fitted around 1e9 parameters says little of the
-term's size at one parameter). Legend: `P` laws, `M` points, `K` parameters.
+A form is fitted in the logarithms of its terms, and with log N and log D counted from their means: there the
+parameters are nearly independent of each other, while log A and alpha are not (a law fitted around 1e9 parameters says
+little of the term's size at one parameter). Legend: `P` laws, `M` points, `K` parameters.
 """
 
 from __future__ import annotations

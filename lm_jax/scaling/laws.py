@@ -1,11 +1,11 @@
-"""Parametric scaling laws: fitted to runs, with intervals, and what they say of a budget (approach 3 of Hoffmann et al.).
+"""Parametric scaling laws: fitted to runs, with intervals, and what they say of a budget (Hoffmann et al., approach 3).
 
     law = fit_law(parameters, tokens, losses)
     law["alpha"], law.intervals["alpha"]
     law.optimal(1e21).parameters          # Estimate(value, low, high)
 
-The fit is that of Hoffmann et al. (2022), arXiv:2203.15556, section 3.3 and appendix D.3: the Huber loss (delta 1e-3) of
-log losses, from a grid of starts. Besiroglu et al. (2024), arXiv:2404.10102, found that the published constants had
+The fit is that of Hoffmann et al. (2022), arXiv:2203.15556, section 3.3 and appendix D.3: the Huber loss (delta 1e-3)
+of log losses, from a grid of starts. Besiroglu et al. (2024), arXiv:2404.10102, found that the published constants had
 come of a minimiser that stopped too early. Here all starts descend together (`minimise.py`), and the best are then
 taken by L-BFGS as far as rounding allows.
 """
@@ -59,8 +59,8 @@ class Exponents(NamedTuple):
 class Law:
     """A fitted law.
 
-    constants are those of its form, by name: E, A, B, alpha and beta, or Kaplan's Nc, Dc, alpha_N and alpha_D, whose form
-    has no E (its loss goes to zero); `law["E"]` of it is an error that says so.
+    constants are those of its form, by name: E, A, B, alpha and beta, or Kaplan's Nc, Dc, alpha_N and alpha_D, whose
+    form has no E (its loss goes to zero); `law["E"]` of it is an error that says so.
     """
 
     form: str
@@ -121,21 +121,21 @@ class Law:
         return _losses(FORMS[self.form], self._values(), N.ravel(), D.ravel())[0].reshape(N.shape)
 
     def predict(self, parameters: float, tokens: float) -> Estimate:
-        """The loss of a run not yet made. Its interval is for that one run: it has the law's own doubt (the draws) and a
-        run's scatter around it (the residuals)."""
+        """The loss of a run not yet made. Its interval is for that one run: it has the law's own doubt (the draws) and
+        a run's scatter around it (the residuals)."""
         value = float(self.loss(parameters, tokens))
         if not len(self.draws):
             return Estimate(value, np.nan, np.nan)
         point = (np.array([float(parameters)]), np.array([float(tokens)]))
         of_draws = _losses(FORMS[self.form], self.draws, *point)[:, 0]
         scatter = np.exp(_spread(self.residuals, len(self.constants)))
-        return _estimate(value, (of_draws[:, None] * scatter).ravel())
+        return estimate(value, (of_draws[:, None] * scatter).ravel())
 
     @property
     def exponents(self) -> Exponents:
         """a = beta / (alpha + beta) and b = alpha / (alpha + beta)."""
         a, b = (_exponents(FORMS[self.form].terms(c)) for c in (self._values(), self.draws))
-        return Exponents(_estimate(a[0, 0], b[:, 0]), _estimate(a[0, 1], b[:, 1]))
+        return Exponents(estimate(a[0, 0], b[:, 0]), estimate(a[0, 1], b[:, 1]))
 
     def optimal(self, flops: float, flops_per_token_per_parameter: float = 6.0) -> Optimum:
         """The parameters and tokens of the lowest loss at a budget of C = 6 N D floating-point operations.
@@ -157,7 +157,7 @@ class Law:
         N_draws, D_draws = _optimum(form.terms(self.draws), product)
         loss = _losses(form, self._values(), N, D)[0, 0]
         loss_draws = _losses_each(form, self.draws, N_draws, D_draws)
-        return Optimum(_estimate(N[0], N_draws), _estimate(D[0], D_draws), _estimate(loss, loss_draws))
+        return Optimum(estimate(N[0], N_draws), estimate(D[0], D_draws), estimate(loss, loss_draws))
 
     def _values(self) -> Array:
         return np.array([list(self.constants.values())])
@@ -194,7 +194,8 @@ def _optimum(terms: Array, product: float) -> tuple[Array, Array]:
         return np.exp(log_G + a * np.log(product)), np.exp(b * np.log(product) - log_G)
 
 
-def _estimate(value: float, draws: Array) -> Estimate:
+def estimate(value: float, draws: Array) -> Estimate:
+    """A value and the 95% interval of its draws; draws that have no such value are nan, and do not count."""
     draws = draws[~np.isnan(draws)]
     low, high = np.percentile(draws, LEVEL) if len(draws) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high))
@@ -247,7 +248,9 @@ def fit_law(
     draws = np.zeros((0, len(shape.names)))
     if bootstrap:
         drawn_y, weights = RESAMPLE[resample](np.random.default_rng(seed), bootstrap, fitted, y - fitted, len(theta))
-        found = minimise(model, np.repeat(theta[None], bootstrap, axis=0), drawn_y, weights, steps=_DESCEND, delta=delta)
+        found = minimise(
+            model, np.repeat(theta[None], bootstrap, axis=0), drawn_y, weights, steps=_DESCEND, delta=delta
+        )
         draws = shape.constants(found[0], n0, d0)
     values = shape.constants(theta[None], n0, d0)[0]
     ends = np.percentile(draws, LEVEL, axis=0).T if bootstrap else ()
@@ -291,7 +294,7 @@ def _doubts(law: Law, points: Points) -> list[str]:
     if "E" in law.constants:
         floor = _NO_FLOOR * points.losses.min()
         low, high = law.intervals.get("E", (np.inf, np.inf))
-        if law.E < floor:
+        if floor > law.E:
             notes.append(f"E ran to {law.E:.3g}, as good as 0: these points show no floor of the loss")
         elif low < floor:
             notes.append(f"E's interval ({low:.3g} to {high:.3g}) reaches 0: these points do not determine the floor")

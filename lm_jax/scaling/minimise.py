@@ -1,7 +1,8 @@
 """Many robust fits at once: the Huber loss of log residuals, minimised by Levenberg and Marquardt's method on weights.
 
-A scaling law is fitted from thousands of starts and refitted to hundreds of resampled tables. Each is a problem of four
-or five parameters, so all of them take their steps together, as arrays. Legend: `P` problems, `M` points, `K` parameters.
+A scaling law is fitted from thousands of starts and refitted to hundreds of resampled tables. Each is a problem of
+four or five parameters, so all of them take their steps together, as arrays. Legend: `P` problems, `M` points, `K`
+parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ def huber(residuals: Array, delta: float = DELTA) -> Array:
 
 
 def minimise(
-    model: Model, start_PK: Array, y: Array, weights: Array, *, steps: int, delta: float = DELTA, tolerance: float = 1e-10
+    model: Model,
+    start_PK: Array,
+    y: Array,
+    weights: Array,
+    *,
+    steps: int,
+    delta: float = DELTA,
+    tolerance: float = 1e-10,
 ) -> tuple[Array, Array]:
     """Minimises sum_M weights * huber(model(theta) - y), for each of P problems from its own start.
 

@@ -1,4 +1,4 @@
-"""The points that a law is fitted to: which can be used, which are left out and said so, and whether they are enough."""
+"""The points that a law is fitted to: which can be used, which are left out, and whether they are enough."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ def _check_enough(points: Points, constants: int) -> None:
     count = len(points.losses)
     left_out = f"\n{points.notes[0]}" if points.notes else ""
     if count <= constants:
-        raise UserError(
-            f"{count} points are too few for {constants} constants: give {constants + 1} or more{left_out}"
-        )
+        raise UserError(f"{count} points are too few for {constants} constants: give {constants + 1} or more{left_out}")
     n, d = np.log(points.parameters), np.log(points.tokens)
     one = {
         "one size of model": (n, "tokens alone vary: the law's term of parameters cannot be told from its floor"),
