@@ -55,7 +55,7 @@ def _lines(x_RM: NDArray[Any], y_RM: NDArray[Any]) -> Array:
         dy = np.where(there, y_RM - y_mean[:, None], 0)
         spread = np.sum(dx**2, axis=1)
         slope = np.where(spread > 1e-12, np.sum(dx * dy, axis=1) / spread, np.nan)
-    return np.stack([y_mean - slope * x_mean, slope], axis=1)
+    return np.asarray(np.stack([y_mean - slope * x_mean, slope], axis=1), np.float64)
 
 
 # ------------------------------------------------------------------------------------------- approach 2: isoFLOP curves

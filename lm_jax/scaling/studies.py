@@ -37,6 +37,7 @@ class HoldOut:
     unchanged_error: float  # of saying that nothing changes
     point_errors: Array  # predicted / measured - 1 of each run of the largest budget
     law: Law
+    notes: tuple[str, ...]
 
 
 def hold_out_largest(
@@ -65,7 +66,7 @@ def hold_out_largest(
       UserError: one budget alone; too little is left for the fit.
     """
     given = {} if flops is None else {"flops": flops}
-    table, called, _ = usable({"parameters": parameters, "tokens": tokens, "losses": losses, **given}, names)
+    table, called, notes = usable({"parameters": parameters, "tokens": tokens, "losses": losses, **given}, names)
     N, D, L = table["parameters"], table["tokens"], table["losses"]
     C = table.get("flops", 6 * N * D)
     groups = group(C)
@@ -94,6 +95,7 @@ def hold_out_largest(
         unchanged_error=unchanged / measured - 1,
         point_errors=law.loss(N[held], D[held]) / L[held] - 1,
         law=law,
+        notes=(*notes, *law.notes),
     )
 
 
@@ -122,7 +124,9 @@ class Counted:
     notes: tuple[str, ...]
 
 
-def compare_countings(losses: ArrayLike, countings: Mapping[str, Counting], **fit: Any) -> tuple[Counted, ...]:
+def compare_countings(
+    losses: ArrayLike, countings: Mapping[str, Counting], *, names: Sequence[str] | None = None, **fit: Any
+) -> tuple[Counted, ...]:
     """The exponents of the compute-optimal frontier under several countings of the same runs.
 
     Whether embeddings, the output layer and attention's scores count moves the exponents as much as papers differ
@@ -134,6 +138,7 @@ def compare_countings(losses: ArrayLike, countings: Mapping[str, Counting], **fi
     Args:
       losses: in nats, of each run.
       countings: by name.
+      names: of the runs.
       **fit: further arguments of `fit_law`.
 
     Raises:
@@ -144,15 +149,17 @@ def compare_countings(losses: ArrayLike, countings: Mapping[str, Counting], **fi
     found = []
     for name, counting in countings.items():
         try:
-            found.append(_counted(name, losses, Counting(*counting), fit))
+            found.append(_counted(name, losses, Counting(*counting), names, fit))
         except UserError as problem:
             raise UserError(f"the counting {name}: {problem}") from None
     return tuple(found)
 
 
-def _counted(name: str, losses: ArrayLike, counting: Counting, fit: dict[str, Any]) -> Counted:
+def _counted(
+    name: str, losses: ArrayLike, counting: Counting, names: Sequence[str] | None, fit: dict[str, Any]
+) -> Counted:
     columns = {"losses": losses, "parameters": counting.parameters, "tokens": counting.tokens}
-    table, called, left_out = usable({**columns, "flops_per_token": counting.flops_per_token}, fit.pop("names", None))
+    table, called, left_out = usable({**columns, "flops_per_token": counting.flops_per_token}, names)
     N, D = table["parameters"], table["tokens"]
     law = fit_law(N, D, table["losses"], names=called, **fit)
     sizes, rows = np.unique(N, return_inverse=True)
@@ -164,8 +171,8 @@ def _counted(name: str, losses: ArrayLike, counting: Counting, fit: dict[str, An
     if np.isnan(best).any():
         notes.append("the optimum around the middle budget is far outside the sizes tried: no exponents")
     N_best, D_best, a, b = (estimate(best[0, i], best_draws[:, i]) for i in range(4))
-    exp = lambda e: Estimate(*(float(np.exp(v)) for v in e))  # noqa: E731
-    return Counted(name, law, float(np.exp(middle)), exp(N_best), exp(D_best), a, b, tuple(notes))
+    N_best, D_best = (Estimate(*(float(np.exp(v)) for v in log)) for log in (N_best, D_best))
+    return Counted(name, law, float(np.exp(middle)), N_best, D_best, a, b, tuple(notes))
 
 
 def _frontier(form: Form, constants: Array, sizes: Array, per_token: Array, middle: float) -> Array:
