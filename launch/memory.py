@@ -70,11 +70,11 @@ def _of_all_processes(policy: str) -> str:
 def _fastest(config: RunConfig, devices: int, room: int) -> str:
     """The first policy of `AUTO` that needs no more than `room`; the last one where none does."""
 
-    def need(policy: str) -> int:
+    def total(policy: str) -> int:
         train = dataclasses.replace(config.train, remat=policy)
         return need(dataclasses.replace(config, train=train), devices)["total"]
 
-    return next((policy for policy in AUTO[:-1] if need(policy) <= room), AUTO[-1])
+    return next((policy for policy in AUTO[:-1] if total(policy) <= room), AUTO[-1])
 
 
 def _state(config: RunConfig, mesh: Any, mesh_config: MeshConfig) -> Any:

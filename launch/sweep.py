@@ -1,4 +1,6 @@
-"""Runs what a config file's `sweep` declares: `python -m launch.sweep --config=configs/sweeps/isoflop_tiny.py --workdir=DIR`.
+"""Runs what a config file's `sweep` declares.
+
+    python -m launch.sweep --config=configs/sweeps/isoflop_tiny.py --workdir=runs/isoflop_tiny
 
 Lists, runs, resumes and collects. The same command goes on where an earlier one stopped; runs that have ended are not
 run again. Each run is a folder under DIR/runs as launch.train leaves it. Exit status: 0 all runs finished, 1 some
@@ -36,6 +38,9 @@ RETRY = flags.DEFINE_bool("retry", False, "run those that have failed once more"
 JOBS = flags.DEFINE_integer(
     "jobs", None, "how many runs at a time; None: as many as fit", lower_bound=1, flag_values=FLAGS
 )
+NEXT_FLOPS = flags.DEFINE_float(
+    "next_flops", None, "training FLOPs of the next config; None: ten times the largest budget", flag_values=FLAGS
+)
 
 STOPPED = 75
 _ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
@@ -68,10 +73,12 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
 
 def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chosen: str) -> int:
     """Runs what has not ended yet, and collects."""
-    from lm_jax.scaling.reports import make as report
     from lm_jax.scaling.display import Live
     from lm_jax.scaling.pool import Pool, python
+    from lm_jax.scaling.reports import make as report
 
+    kind = getattr(file.module, "REPORT", "runs")
+    report.check(kind)
     folders = {run.name: directory / "runs" / run.name for run in runs}
     outcomes = _collect(runs, folders)
     missing = [r for r in runs if r.name not in outcomes or (RETRY.value and not outcomes[r.name].finished)]
@@ -91,8 +98,16 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         left = sum(run.name not in outcomes for run in runs)
         print(f"stopped with {left} of {len(runs)} runs to go: the same command goes on", file=sys.stderr)
         return STOPPED
-    made = report.write(directory, getattr(file.module, "REPORT", "runs"), runs, outcomes, command=_command(file))
-    print(made)
+    made, summary = report.write(
+        directory,
+        kind,
+        runs,
+        outcomes,
+        command=_command(file),
+        commands={run.name: _train_command(run, folders[run.name], file) for run in runs},
+        flops=NEXT_FLOPS.value,
+    )
+    print("\n".join([*summary, f"the report: {made}"]))
     failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.finished}
     if failed:
         first = next(iter(failed))

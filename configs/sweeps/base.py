@@ -1,7 +1,7 @@
 """What the shipped sweeps have in common: small models of bytes, a family in which the width alone grows.
 
-Three layers, heads of 16, squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64 as
-its base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own standard
+Three layers, heads of 16, squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64
+as its base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own standard
 library, which is on every machine that runs this.
 """
 

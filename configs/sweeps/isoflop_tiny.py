@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs.sweeps.base import in_proportion, small, widths
 from lm_jax.scaling.sweep import Points, Sweep
 
-REPORT = "isoflop"
+REPORT = "law"
 
 
 def get_config() -> ConfigDict:

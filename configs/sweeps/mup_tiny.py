@@ -1,6 +1,6 @@
 """Learning rates by width, standard parametrisation beside muP: with muP the best rate stays where it is.
 
-    python -m launch.sweep --config=configs/sweeps/mup_tiny.py --workdir=runs/mup_tiny
+python -m launch.sweep --config=configs/sweeps/mup_tiny.py --workdir=runs/mup_tiny
 """
 
 from __future__ import annotations

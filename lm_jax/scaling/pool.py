@@ -7,6 +7,7 @@ of JSON a job and answers with one.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,7 +103,7 @@ class Pool:
             return
         for process in processes:
             _signal(process, signal.SIGTERM)
-        timer = threading.Timer(_GRACE_SECONDS, lambda: [_signal(p, signal.SIGKILL) for p in processes])
+        timer = threading.Timer(_GRACE_SECONDS, _kill, (processes,))
         timer.daemon = True
         timer.start()
 
@@ -154,11 +155,9 @@ class Pool:
 
 def _tell(process: subprocess.Popen[str], message: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(OSError):  # it is gone: reading its answer will tell
         process.stdin.write(json.dumps(message) + "\n")
         process.stdin.flush()
-    except OSError:
-        pass  # it is gone: reading its answer will tell
 
 
 def _ask(process: subprocess.Popen[str], payload: Mapping[str, Any]) -> dict[str, str] | None:
@@ -178,10 +177,8 @@ def _end(process: subprocess.Popen[str] | None) -> None:
     if process is None:
         return
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(OSError):
         process.stdin.close()
-    except OSError:
-        pass
     try:
         process.wait(_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -189,12 +186,15 @@ def _end(process: subprocess.Popen[str] | None) -> None:
         process.wait()
 
 
+def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _signal(process, signal.SIGKILL)
+
+
 def _signal(process: subprocess.Popen[str], number: int) -> None:
     if process.poll() is None:
-        try:
+        with contextlib.suppress(OSError):
             process.send_signal(number)
-        except OSError:
-            pass
 
 
 def _death(code: int) -> str:

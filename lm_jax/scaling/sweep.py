@@ -246,4 +246,3 @@ def _name(point: Point) -> str:
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST - 9]},{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-

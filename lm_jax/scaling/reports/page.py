@@ -262,7 +262,5 @@ def _runs(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> str:
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     head = ("run", "parameters", "tokens", "FLOPs", "loss", "time", "of it not steps", "")
     return (
-        '<div class="wide"><table><tr>'
-        + "".join(f"<th>{h}</th>" for h in head)
-        + f"</tr>{''.join(rows)}</table></div>"
+        '<div class="wide"><table><tr>' + "".join(f"<th>{h}</th>" for h in head) + f"</tr>{''.join(rows)}</table></div>"
     )
