@@ -157,7 +157,12 @@ def written(value: Any) -> str:
         return re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].replace("+", "") + m[2], text)
     if isinstance(value, list | tuple):
         return "-".join(written(v) for v in value)
-    return re.sub(r"[^\w.+-]+", "_", str(value))
+    return _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Without what folders and shells take amiss."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -242,7 +247,7 @@ def plan(config: ConfigDict, declare: Declare) -> Plan:
 
 
 def _name(point: Point) -> str:
-    name = ",".join(f"{word}={text}" for word, text in point.labels.items()) or "base"
+    name = ",".join(f"{word}={_plain(text)}" for word, text in point.labels.items()) or "base"
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST - 9]},{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
