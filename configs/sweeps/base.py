@@ -1,6 +1,6 @@
 """What the shipped sweeps have in common: small models of bytes, a family in which the width alone grows.
 
-Three layers, heads of 16, squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64
+Three layers, heads of 8, squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64
 as its base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own standard
 library, which is on every machine that runs this.
 """
@@ -14,33 +14,31 @@ from ml_collections import ConfigDict
 from configs.base import base
 from lm_jax.scaling.sweep import Points, Sweep
 
-HEAD = 16
-
-
 def small() -> ConfigDict:
     config = base()
     config.model.layers = 3
     config.model.embed = 64
-    config.model.head_dim = HEAD
+    config.model.heads = 8
+    config.model.head_dim = 8
     config.model.feed_forward = "squared_relu"
     config.model.qk_norm = True
     config.model.scan = False
     config.model.parametrization = "mup"
     config.model.base_embed = 64
     config.data.tokenizer = "bytes"
-    config.train.batch_size = 16
+    config.train.batch_size = 8
     config.train.length = 128
     config.optimizer.learning_rate = 8e-3
-    config.evaluation.batches = 64
+    config.evaluation.batches = 256
     config.evaluation.prompt = None
     return config
 
 
 def widths(s: Sweep, values: Sequence[int]) -> Points:
-    """Models of these widths, with as many heads of `HEAD` as fit."""
+    """Models of these widths, with as many heads as fit."""
 
     def heads(config: ConfigDict) -> Mapping[str, int]:
-        return {"model.heads": config.model.embed // HEAD}
+        return {"model.heads": config.model.embed // config.model.head_dim}
 
     return s.conditional(s.each("model.embed", values), heads)
 

@@ -16,9 +16,11 @@ REPORT = "rates"
 def get_config() -> ConfigDict:
     config = small()
     config.model.layers = 2
-    config.train.steps = 100
+    config.model.heads = 4
+    config.model.head_dim = 16
+    config.train.steps = 200
     config.train.length = 64
-    config.evaluation.batches = 64
+    config.evaluation.batches = 128
     return config
 
 

@@ -136,7 +136,7 @@ class Sweep:
             config = build(RunConfig, self.at(point)).with_likely_vocab()
             tokens = c / costs.flops_per_token(config.model, config.train.length)
             steps = max(1, round(tokens / config.train.tokens_per_step))
-            more = Point({"train.tokens": steps * config.train.tokens_per_step}, {"flops": written(float(c))})
+            more = Point({"train.tokens": steps * config.train.tokens_per_step}, {"budget": written(float(c))})
             spent.append(point.and_then(more))
         return spent
 

@@ -68,7 +68,7 @@ def test_a_budget_becomes_tokens() -> None:
         return s.budget([1e12, 3e13], s.each("model.embed", (64, 256)))
 
     for run in runs(sweep):
-        flops = float(run.labels["flops"])
+        flops = float(run.labels["budget"])
         per_step = costs.flops_per_token(run.config.with_likely_vocab().model, 256) * run.config.train.tokens_per_step
         assert run.config.train.steps is None
         assert abs(run.flops - flops) <= per_step / 2
