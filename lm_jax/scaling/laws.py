@@ -204,6 +204,26 @@ def estimate(value: float, draws: Array) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
+def known_law(form: str = "chinchilla", **constants: float) -> Law:
+    """A law from constants that are known, without points or draws: `known_law(E=1.69, A=406.4, ...)`.
+
+    Raises:
+      UserError: no such form; the constants are not its own.
+    """
+    names = _form(form).names
+    if set(constants) != set(names):
+        raise UserError(f"the constants of {form} are {', '.join(names)}, not {', '.join(constants) or 'none'}")
+    ordered = {name: float(constants[name]) for name in names}
+    none = np.zeros(0)
+    return Law(form, ordered, {}, 0.0, np.zeros((0, len(names))), none, none, none, (), none, ())
+
+
+def _form(name: str) -> Form:
+    if name not in FORMS:
+        raise UserError(f"there is no form {name}: it is one of {', '.join(FORMS)}\n{did_you_mean(name, FORMS)}")
+    return FORMS[name]
+
+
 # ------------------------------------------------------------------------------------------------------------- the fit
 
 
@@ -233,9 +253,7 @@ def fit_law(
     Raises:
       UserError: no such form; arrays of different lengths; too few points, or points that do not identify the law.
     """
-    if form not in FORMS:
-        raise UserError(f"there is no form {form}: it is one of {', '.join(FORMS)}\n{did_you_mean(form, FORMS)}")
-    shape = FORMS[form]
+    shape = _form(form)
     points = read_points(parameters, tokens, losses, names=names, constants=len(shape.names))
     n, d, y = np.log(points.parameters), np.log(points.tokens), np.log(points.losses)
     n0, d0 = float(n.mean()), float(d.mean())
