@@ -250,6 +250,8 @@ def draw(law: Law) -> bytes:
     surface, scatter = figure.subplots(1, 2, width_ratios=(3, 2))
     (n_low, n_high), (d_low, d_high) = ((0.6 * x.min(), 1.7 * x.max()) for x in (law.parameters, law.tokens))
     N, D = np.meshgrid(np.geomspace(n_low, n_high, _DRAWN), np.geomspace(d_low, d_high, _DRAWN))
+    # Before the contours: their labels are placed, and cut into the lines, as the axes are then.
+    surface.set(xscale="log", yscale="log", xlim=(n_low, n_high), ylim=(d_low, d_high))
     lines = surface.contour(N, D, law.loss(N, D), levels=14, cmap="viridis", linewidths=0.9)
     surface.clabel(lines, fontsize=7)
     low, high = lines.norm.vmin, lines.norm.vmax
@@ -269,8 +271,7 @@ def draw(law: Law) -> bytes:
         best = [law.optimal(flops) for flops in np.geomspace(6 * n_low * d_low, 6 * n_high * d_high, 20)]
         at = [(o.parameters.value, o.tokens.value) for o in best]
         surface.plot(*zip(*at, strict=True), color="#e45756", linewidth=1.6, label="best for its FLOPs")
-        surface.legend(frameon=False, fontsize=8)
-    surface.set(xscale="log", yscale="log", xlim=(n_low, n_high), ylim=(d_low, d_high))
+        surface.legend(loc="upper left", fontsize=8)
     surface.set(xlabel="parameters", ylabel="tokens", title=f"{law.form}: lines of equal loss (nats a token)")
     scatter.axhline(0, color="#333a45", linewidth=0.8)
     scatter.scatter(law.loss(law.parameters, law.tokens), 100 * law.residuals, s=16, color="#4c78a8")
