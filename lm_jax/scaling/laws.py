@@ -32,6 +32,7 @@ LEVEL = (2.5, 97.5)  # percentiles: the ends of a 95% interval
 _TURNS = ((4, 1000), (12, 200), (400, 4))
 _REFIT = 400  # steps of a draw, at most: it starts from the fit, and ends after some twenty
 _MOST = 3.0  # of the stretch: with one degree of freedom Student's t says 6.5
+_STEEP = 3.0  # an exponent that no language model has shown
 _NO_FLOOR = 0.02  # of the smallest loss: an E below is as good as none
 
 
@@ -305,6 +306,8 @@ def _doubts(law: Law, points: Points) -> list[str]:
         low, high = law.intervals.get(name, (np.inf, np.inf))
         if not law[name] > 0:
             notes.append(f"{name} is {law[name]:.3g}: these points show no fall of the loss in that direction")
+        elif law[name] > _STEEP:
+            notes.append(f"{name} ran to {law[name]:.3g}: its term acts on the few points at that end alone")
         elif low <= 0:
             notes.append(f"{name}'s interval ({low:.3g} to {high:.3g}) includes 0: these points do not determine it")
     if "E" in law.constants:

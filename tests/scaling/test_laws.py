@@ -266,6 +266,8 @@ def test_doubts_are_told() -> None:
     assert worse.alpha < 0 and any("alpha is -" in note for note in worse.notes)
     with pytest.raises(UserError, match="alpha is -"):
         worse.optimal(1e20)
+    steep = fit_law(N, D, 1.5 + 0.5 * (N < 2e7) + 400 / D**0.3, bootstrap=0)
+    assert steep.alpha > 3 and any("alpha ran to" in note for note in steep.notes)
     L = chinchilla(HOFFMANN, N, D)
     L[7] = 1.5
     below = fit_law(N, D, L, bootstrap=0)
