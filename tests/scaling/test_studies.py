@@ -47,6 +47,9 @@ def test_without_a_minimum_the_best_run_is_compared() -> None:
     found = hold_out_largest(N[keep], D[keep], L[keep], names=names, bootstrap=0)
     assert found.where == "the best run, r46" and found.parameters == N[47]
     assert found.error == pytest.approx(0, abs=1e-6)
+    rng = np.random.default_rng(0)
+    sizes, data = 10 ** rng.uniform(7, 10, 60), 10 ** rng.uniform(8, 12, 60)  # no two runs of one budget
+    assert hold_out_largest(sizes, data, LAW.loss(sizes, data), bootstrap=0).error == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="one budget"):
         hold_out_largest(N[:9], D[:9], L[:9])
 
