@@ -15,6 +15,8 @@ import numpy as np
 
 from lm_jax.scaling.minimise import Array
 
+_LARGEST = 690.0  # a logarithm that a float still holds, with room for sums
+
 
 @dataclass(frozen=True)
 class Form:
@@ -34,6 +36,11 @@ class Form:
     positive: tuple[str, ...]  # the constants that must be above zero for the law to mean anything
 
 
+def _exp(x: Array) -> Array:
+    """Finite for every draw: percentiles of infinities are no numbers."""
+    return np.exp(np.clip(x, -_LARGEST, _LARGEST))
+
+
 def _chinchilla(theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
     e, a, b, alpha, beta = (theta[:, i, None] for i in range(5))
     terms = np.stack([e + 0 * n, a - alpha * n, b - beta * d])
@@ -46,8 +53,7 @@ def _chinchilla(theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
 
 def _chinchilla_constants(theta: Array, n0: float, d0: float) -> Array:
     e, a, b, alpha, beta = theta.T
-    with np.errstate(over="ignore"):
-        return np.stack([np.exp(e), np.exp(a + alpha * n0), np.exp(b + beta * d0), alpha, beta], axis=1)
+    return np.stack([_exp(e), _exp(a + alpha * n0), _exp(b + beta * d0), alpha, beta], axis=1)
 
 
 def _chinchilla_theta(constants: Array) -> Array:
@@ -87,8 +93,8 @@ def _kaplan(theta: Array, n: Array, d: Array) -> tuple[Array, Array]:
 
 def _kaplan_constants(theta: Array, n0: float, d0: float) -> Array:
     u, v, p, s = theta.T
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        return np.stack([np.exp(u / p + n0), np.exp(v + d0), p * s, s], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([_exp(u / p + n0), _exp(v + d0), p * s, s], axis=1)
 
 
 def _kaplan_theta(constants: Array) -> Array:

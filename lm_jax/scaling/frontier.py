@@ -81,7 +81,8 @@ class Parabola:
     def curve(self, parameters: ArrayLike) -> Array:
         """The parabola at other sizes."""
         x = np.log(np.asarray(parameters, np.float64)) - self.centre
-        return np.polynomial.polynomial.polyval(x, self.coefficients)
+        c0, c1, c2 = self.coefficients
+        return c0 + x * (c1 + x * c2)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def usable(
         told = ", ".join(f"{count} {key}" for key, count in lengths.items())
         raise UserError(f"there are {told}: give as many of each")
     rows = len(next(iter(arrays.values())))
-    called = tuple(names) if names is not None else tuple(f"point {i}" for i in range(rows))
+    called = tuple(str(name) for name in names) if names is not None else tuple(f"point {i}" for i in range(rows))
     keep = np.ones(rows, bool)
     notes = []
     for key, array in arrays.items():

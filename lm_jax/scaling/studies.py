@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 
 from lm_jax.errors import UserError
 from lm_jax.scaling.forms import FORMS, Form
-from lm_jax.scaling.frontier import Parabola, group, isoflop_parabola
+from lm_jax.scaling.frontier import isoflop_parabola
 from lm_jax.scaling.laws import Estimate, Law, estimate, fit_law
 from lm_jax.scaling.minimise import Array
 from lm_jax.scaling.points import usable
 
+_OF_LARGEST = 0.75  # of the largest FLOPs: those of one budget scatter, and budgets are further apart
 _HALF_STEP = 0.5 * np.log(10.0)  # of the budget, on either side of the middle: the exponent is a slope over a decade
 _GRID = 400  # sizes at which a frontier is searched; what lies between is a parabola's
 
@@ -58,7 +59,7 @@ def hold_out_largest(
       parameters: N of each run.
       tokens: D.
       losses: in nats.
-      flops: C; 6 N D if not given. Runs with nearly the same are one budget.
+      flops: C; 6 N D if not given. Runs within a quarter of the largest are of the largest budget.
       names: of the runs.
       **fit: further arguments of `fit_law`.
 
@@ -69,19 +70,19 @@ def hold_out_largest(
     table, called, notes = usable({"parameters": parameters, "tokens": tokens, "losses": losses, **given}, names)
     N, D, L = table["parameters"], table["tokens"], table["losses"]
     C = table.get("flops", 6 * N * D)
-    groups = group(C)
-    if len(groups) < 2:
+    largest = _largest(C)
+    held, rest = np.flatnonzero(largest), np.flatnonzero(~largest)
+    if not len(rest):
         raise UserError("all runs are of one budget: none is left to fit to when the largest is held out")
-    held, rest = groups[-1], np.sort(np.concatenate(groups[:-1]))
     law = fit_law(N[rest], D[rest], L[rest], names=[called[i] for i in rest], **fit)
-    parabola: Parabola = isoflop_parabola(N[held], C[held], D[held], L[held], tuple(called[i] for i in held))
+    parabola = isoflop_parabola(N[held], C[held], D[held], L[held], tuple(called[i] for i in held))
     if parabola.inside:
         where, at, measured = "the parabola's minimum", (parabola.parameters, parabola.tokens), parabola.loss
     else:
         best = held[np.argmin(L[held])]
         where, at, measured = f"the best run, {called[best]}", (float(N[best]), float(D[best])), float(L[best])
     predicted = law.predict(*at)
-    unchanged = float(L[groups[-2]].min())
+    unchanged = float(L[rest][_largest(C[rest])].min())
     return HoldOut(
         budget=parabola.budget,
         where=where,
@@ -97,6 +98,12 @@ def hold_out_largest(
         law=law,
         notes=(*notes, *law.notes),
     )
+
+
+def _largest(flops: Array) -> NDArray[np.bool_]:
+    """Which runs are of the largest budget."""
+    limit = _OF_LARGEST * flops.max()
+    return flops > limit
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
