@@ -1,9 +1,11 @@
 """One change of the model at a time, against a base, over four seeds.
 
-    python -m launch.sweep --config=configs/ablations/architecture_tiny.py --workdir=runs/architecture_tiny
+python -m launch.sweep --config=configs/ablations/architecture_tiny.py --workdir=runs/architecture_tiny
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,7 +14,7 @@ from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "ablation"
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "norms without gain": {"model.norm": "rms_no_gain"},
     "SwiGLU of 8/3": {"model.feed_forward": "swiglu", "model.feed_forward_dim": 171},  # as many weights
     "no QK-norm": {"model.qk_norm": False},

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs.base import base
 from lm_jax.scaling.sweep import Points, Sweep
 
+
 def small() -> ConfigDict:
     config = base()
     config.model.layers = 3

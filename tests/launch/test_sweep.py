@@ -78,8 +78,9 @@ def test_killed_resumed_failed_and_retried(folder: Path) -> None:
     started = [folder / "out" / "runs" / name / "metrics.jsonl" for name in GOOD]
     try:
         until(
-            lambda: first.poll() is not None
-            or any(f.is_file() and len(f.read_text().splitlines()) > 10 for f in started),
+            lambda: (
+                first.poll() is not None or any(f.is_file() and len(f.read_text().splitlines()) > 10 for f in started)
+            ),
             240,
             "no run got to its tenth step",
         )

@@ -121,8 +121,16 @@ def test_fingerprints_tell_configs_apart() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.5e12, "1.5e12"), (2.0**-9, "0.00195312"), (3e-05, "3e-5"), (None, "none"), (True, "true"), ((1, "a"), "1-a"), ("a b/c", "a_b_c")],
-)  # fmt: skip
+    [
+        (1.5e12, "1.5e12"),
+        (2.0**-9, "0.00195312"),
+        (3e-05, "3e-5"),
+        (None, "none"),
+        (True, "true"),
+        ((1, "a"), "1-a"),
+        ("a b/c", "a_b_c"),
+    ],
+)
 def test_values_in_names(value: object, text: str) -> None:
     assert written(value) == text
 

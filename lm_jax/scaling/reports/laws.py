@@ -150,8 +150,8 @@ def _surface(law: Law) -> Section:
     rows += [("a", *(f"{v:.3f}" for v in a)), ("b", *(f"{v:.3f}" for v in b))]
     text = [
         "Approach 3: L = E + A / N^alpha + B / D^beta, fitted to all runs by the Huber loss (delta 0.001) of log loss. "
-        f"Objective {law.objective:.4g}; residuals have a standard deviation of {100 * law.residuals.std():.2f}% and are "
-        f"at most {100 * np.abs(law.residuals).max():.2f}%. N ~ C^a and D ~ C^b hold where C is a multiple of N D.",
+        f"Objective {law.objective:.4g}; residuals have a standard deviation of {100 * law.residuals.std():.2f}% and "
+        f"are at most {100 * np.abs(law.residuals).max():.2f}%. N ~ C^a and D ~ C^b hold where C is a multiple of N D.",
         *law.notes,
     ]
     picture = Picture("surface.png", "The fitted loss, and what each run is off by", pictures.surface(law))
