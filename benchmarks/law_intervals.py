@@ -5,6 +5,24 @@ intervals by the scheme of `lm_jax.scaling.laws.draw` or by another for comparis
 Printed for each design: the smallest coverage of the five constants (95% is right), the mean one, and the median width
 of the intervals over that of the estimates' own spread (3.92 standard deviations): the largest of the five.
 
+Measured, 200 tables a design and 200 draws (`--sets=200 --seed=5 --draws=200`):
+
+    layout   points  scatter  least  mean   widest        layout   points  scatter  least  mean   widest
+    grid         30     0.1%    96%  96.3%    1.10        isoflop      30     1.0%    94%  95.8%    1.31
+    grid         30     0.3%    97%  97.9%    1.15        isoflop      60     0.3%    98%  97.7%    1.15
+    grid         30     1.0%    97%  98.3%    1.17        random       30     1.0%    96%  97.3%    1.09
+    grid         30     2.0%    98%  98.4%    1.16        random       60     0.3%    94%  96.0%    1.10
+    grid         60     0.3%    96%  96.4%    1.12        grid        120     0.1%    96%  96.8%    1.09
+
+300 tables a design, with draws not yet stretched by 3%:
+
+    grid        120     2.0%    97%  97.4%    1.08        isoflop     245     1.0%    97%  97.4%    1.10
+    grid        245     1.0%    94%  95.4%    1.10        random      245     1.0%    93%  94.0%    1.01
+    uneven       60     0.3%    94%  95.8%    1.53        uneven      245     0.3%    93%  93.8%    0.97
+
+Resampled points (`pairs`) cover 94 to 99% in widths up to 1.34 on small grids. Residuals dealt out anew cover 91 to 97%
+where the scatter is alike everywhere, and 58% where it is uneven (60 points, 0.3%), where ours cover 91% or more.
+
 The descent of each fit starts from the true constants, which saves the search from a grid; `--search` says how often
 the search finds another minimum.
 """
