@@ -27,6 +27,7 @@ from lm_jax.errors import Failure, UserError
 if TYPE_CHECKING:
     from etils import epath
 
+    from lm_jax.data.pipeline import Prepared
     from lm_jax.scaling.outcome import Outcome
     from lm_jax.scaling.pool import Job, Pool
     from lm_jax.scaling.sweep import Run
@@ -164,15 +165,23 @@ def _write_failures(pool: Pool, runs: Mapping[str, Run], folders: Mapping[str, e
 
 
 def _share_data(runs: Sequence[Run]) -> None:
-    """Makes tokenizers and tokens once for all runs, before any of them asks for it."""
+    """Makes tokenizers and tokens once for all runs, before any of them asks for it.
+
+    Raises:
+      UserError: a run asks for more passes over its text than it may.
+    """
     from lm_jax.data.pipeline import prepare
 
-    made = set()
+    made: dict[Any, Prepared] = {}
     for run in runs:
-        data, length = run.config.data, run.config.train.length
-        if (data, length) not in made:
-            made.add((data, length))
-            prepare(data, length=length, seed=run.config.train.seed)
+        train = run.config.train
+        key = (run.config.data, train.length)
+        if key not in made:
+            made[key] = prepare(run.config.data, length=train.length, seed=train.seed)
+        try:
+            made[key].check_epochs(train.total_steps * train.batch_size)
+        except UserError as e:
+            raise UserError(f"run {run.name}: {e}") from e
 
 
 def _job(run: Run, folder: epath.Path, file: cli.ConfigFile) -> Job:

@@ -169,12 +169,11 @@ def _extrapolation(held: HoldOut | str, budgets: IsoFlop | str) -> Section:
     ]
     if not isinstance(budgets, IsoFlop):
         return Section("Extrapolation", text)
-    C = np.array([p.budget for p in budgets.parabolas])
-    best = np.array([p.loss if p.inside else p.run_losses.min() for p in budgets.parabolas])
+    inside = [p for p in budgets.parabolas if p.inside]
+    if not inside:
+        return Section("Extrapolation", text)
     caption = "What the law of the smaller budgets says of the largest"
-    return Section(
-        "Extrapolation", text, [Picture("extrapolation.png", caption, pictures.extrapolation(C, best, held))]
-    )
+    return Section("Extrapolation", text, [Picture("extrapolation.png", caption, pictures.extrapolation(inside, held))])
 
 
 def _curves(runs: Runs, folder: Callable[[str], epath.Path]) -> list[Section]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from lm_jax.scaling.frontier import Envelope, IsoFlop
+from lm_jax.scaling.frontier import Envelope, IsoFlop, Parabola
 from lm_jax.scaling.laws import Estimate, Law
 from lm_jax.scaling.reports.page import png
 from lm_jax.scaling.studies import Counted, HoldOut
@@ -83,22 +83,24 @@ def surface(law: Law) -> bytes:
     return png(figure)
 
 
-def extrapolation(C: np.ndarray, best: np.ndarray, held: HoldOut) -> bytes:
+def extrapolation(inside: Sequence[Parabola], held: HoldOut) -> bytes:
     """The best loss of each budget, what the law of the smaller ones says, and the largest, which it has not seen.
 
     Args:
-      C: budgets, rising; the last is held out.
-      best: their losses, each at its parabola's minimum where there is one.
-      held: the fit.
+      inside: the parabolas that have their minimum inside, by rising budget.
+      held: the fit without the largest budget.
     """
+    C, N, D, best = (np.array([getattr(p, w) for p in inside]) for w in ("budget", "parameters", "tokens", "loss"))
+    fitted = 0.99 * held.budget > C
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axis: Any = figure.subplots()
-    factor = held.budget / (held.parameters * held.tokens)  # FLOPs for each token and parameter, in this counting
-    span = np.geomspace(0.8 * C.min(), 3 * C.max(), 50)
-    at: list[Estimate] = [held.law.optimal(c, factor).loss for c in span]
+    span = np.geomspace(0.8 * C.min(), 3 * held.budget, 50)
+    # FLOPs for each token and parameter in this counting: attention's and the output's share shrinks as models grow.
+    factors = np.exp(np.interp(np.log(span), np.log(C), np.log(C / (N * D))))
+    at: list[Estimate] = [held.law.optimal(c, f).loss for c, f in zip(span, factors, strict=True)]
     axis.fill_between(span, [e.low for e in at], [e.high for e in at], color="#2b6cb0", alpha=0.2, lw=0)
     axis.plot(span, [e.value for e in at], color="#2b6cb0", label="law of the smaller budgets, 95% band")
-    axis.plot(C[:-1], best[:-1], "o", color="black", label="fitted budgets")
+    axis.plot(C[fitted], best[fitted], "o", color="black", label="fitted budgets")
     axis.errorbar(
         [held.budget],
         [held.predicted.value],
