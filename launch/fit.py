@@ -46,7 +46,6 @@ COLUMNS = {
     "loss": ("loss", "l", "final_loss", "eval_loss", "val_loss", "validation_loss", "test_loss"),
     "name": ("name", "run", "run_name", "id"),
 }
-_DRAWN = 160  # points a side at which the law is drawn
 
 
 def main() -> int:
@@ -71,7 +70,9 @@ def main() -> int:
     if JSON.value:
         paths.write_text_atomic(paths.run_path(JSON.value), json.dumps(as_json(law, optima), indent=2) + "\n")
     if PNG.value:
-        paths.write_bytes_atomic(paths.run_path(PNG.value), draw(law))
+        from lm_jax.scaling.reports.pictures import surface  # matplotlib is slow to import
+
+        paths.write_bytes_atomic(paths.run_path(PNG.value), surface(law))
     return 0
 
 
@@ -234,51 +235,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ------------------------------------------------------------------------------------------------------------- to look
-
-
-def draw(law: Law) -> bytes:
-    """A PNG: the law's lines of equal loss with the runs and the best models on them, and the residuals."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import: only where it is needed
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    surface, scatter = figure.subplots(1, 2, width_ratios=(3, 2))
-    (n_low, n_high), (d_low, d_high) = ((0.6 * x.min(), 1.7 * x.max()) for x in (law.parameters, law.tokens))
-    N, D = np.meshgrid(np.geomspace(n_low, n_high, _DRAWN), np.geomspace(d_low, d_high, _DRAWN))
-    # Before the contours: their labels are placed, and cut into the lines, as the axes are then.
-    surface.set(xscale="log", yscale="log", xlim=(n_low, n_high), ylim=(d_low, d_high))
-    lines = surface.contour(N, D, law.loss(N, D), levels=14, cmap="viridis", linewidths=0.9)
-    surface.clabel(lines, fontsize=7)
-    low, high = lines.norm.vmin, lines.norm.vmax
-    surface.scatter(
-        law.parameters,
-        law.tokens,
-        c=law.losses,
-        cmap="viridis",
-        vmin=low,
-        vmax=high,
-        s=22,
-        edgecolor="k",
-        linewidth=0.4,
-        zorder=3,
-    )
-    if math.isfinite(law.exponents.a.value):
-        best = [law.optimal(flops) for flops in np.geomspace(6 * n_low * d_low, 6 * n_high * d_high, 20)]
-        at = [(o.parameters.value, o.tokens.value) for o in best]
-        surface.plot(*zip(*at, strict=True), color="#e45756", linewidth=1.6, label="best for its FLOPs")
-        surface.legend(loc="upper left", fontsize=8)
-    surface.set(xlabel="parameters", ylabel="tokens", title=f"{law.form}: lines of equal loss (nats a token)")
-    scatter.axhline(0, color="#333a45", linewidth=0.8)
-    scatter.scatter(law.loss(law.parameters, law.tokens), 100 * law.residuals, s=16, color="#4c78a8")
-    scatter.set(xlabel="fitted loss", ylabel="measured over fitted (%)", title="residuals")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

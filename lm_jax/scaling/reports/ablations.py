@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from lm_jax.errors import UserError
-from lm_jax.scaling.reports.page import Analysis, Ended, Picture, Section, Table, png
+from lm_jax.scaling.reports.page import Analysis, Ended, Picture, Section, Table
+from lm_jax.scaling.reports.pictures import png
 from lm_jax.training.terminal import count
 
 BASE = "base"

@@ -13,7 +13,6 @@ import io
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -101,13 +100,6 @@ def usable(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> tuple[list[E
             if outcome.bad_steps:
                 notes.append(f"{run.name}: {outcome.bad_steps} steps were not finite and not applied")
     return ended, notes
-
-
-def png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,18 @@ from matplotlib.figure import Figure
 
 from lm_jax.scaling.frontier import Envelope, IsoFlop, Parabola
 from lm_jax.scaling.laws import Estimate, Law
-from lm_jax.scaling.reports.page import png
 from lm_jax.scaling.studies import Counted, HoldOut
 
+_DRAWN = 160  # points a side at which a law is drawn
 _PARAMETERS = "parameters"
 _LOSS = "loss, nats a token"
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
 
 
 def _colors(n: int) -> Any:
@@ -64,22 +72,27 @@ def frontier(C: np.ndarray, measured: Sequence[tuple[str, np.ndarray, Any]]) -> 
 
 
 def surface(law: Law) -> bytes:
-    """The fitted loss over parameters and tokens with the runs, and what each run is off by."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    N = np.geomspace(0.5 * law.parameters.min(), 2 * law.parameters.max(), 120)
-    D = np.geomspace(0.5 * law.tokens.min(), 2 * law.tokens.max(), 120)
-    values = law.loss(N[None, :], D[:, None])
-    drawn = left.contourf(N, D, values, levels=20, cmap="viridis_r")
-    left.contour(N, D, values, levels=20, colors="white", linewidths=0.4)
-    left.plot(law.parameters, law.tokens, "o", color="white", mec="black", ms=5)
-    left.set(xscale="log", yscale="log", xlabel=_PARAMETERS, ylabel="tokens", title="fitted loss, and the runs")
-    figure.colorbar(drawn, ax=left, label=_LOSS)
-    right.axhline(0, color="black", lw=1)
-    points = right.scatter(law.parameters, 100 * law.residuals, c=np.log10(law.tokens), cmap="viridis")
-    right.set(xscale="log", xlabel=_PARAMETERS, ylabel="measured over fitted, %", title="residuals")
-    right.grid(alpha=0.3)
-    figure.colorbar(points, ax=right, label="log10 of tokens")
+    """The law's lines of equal loss with the runs and the best models on them, and what each run is off by."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    lines_of, scatter = figure.subplots(1, 2, width_ratios=(3, 2))
+    (n_low, n_high), (d_low, d_high) = ((0.6 * x.min(), 1.7 * x.max()) for x in (law.parameters, law.tokens))
+    N, D = np.meshgrid(np.geomspace(n_low, n_high, _DRAWN), np.geomspace(d_low, d_high, _DRAWN))
+    # Before the contours: their labels are placed, and cut into the lines, as the axes are then.
+    lines_of.set(xscale="log", yscale="log", xlim=(n_low, n_high), ylim=(d_low, d_high))
+    lines = lines_of.contour(N, D, law.loss(N, D), levels=14, cmap="viridis", linewidths=0.9)
+    lines_of.clabel(lines, fontsize=7)
+    shades = {"c": law.losses, "cmap": "viridis", "vmin": lines.norm.vmin, "vmax": lines.norm.vmax}
+    lines_of.scatter(law.parameters, law.tokens, s=22, edgecolor="k", linewidth=0.4, zorder=3, **shades)
+    if math.isfinite(law.exponents.a.value):
+        best = [law.optimal(flops) for flops in np.geomspace(6 * n_low * d_low, 6 * n_high * d_high, 20)]
+        at = [(o.parameters.value, o.tokens.value) for o in best]
+        lines_of.plot(*zip(*at, strict=True), color="#e45756", linewidth=1.6, label="best at C = 6 N D")
+        lines_of.legend(loc="upper left", fontsize=8)
+    lines_of.set(xlabel=_PARAMETERS, ylabel="tokens", title=f"{law.form}: lines of equal loss (nats a token)")
+    scatter.axhline(0, color="#333a45", linewidth=0.8)
+    scatter.scatter(law.loss(law.parameters, law.tokens), 100 * law.residuals, s=16, color="#4c78a8")
+    scatter.set(xlabel="fitted loss", ylabel="measured over fitted, %", title="residuals")
+    scatter.grid(alpha=0.3)
     return png(figure)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lm_jax.errors import UserError
-from lm_jax.scaling.reports.page import Analysis, Ended, Picture, Section, Table, png
+from lm_jax.scaling.reports.page import Analysis, Ended, Picture, Section, Table
+from lm_jax.scaling.reports.pictures import png
 from lm_jax.scaling.sweep import written
 
 RATE = "learning_rate"
