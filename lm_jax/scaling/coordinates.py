@@ -9,6 +9,11 @@ checks CompleteP (Dey et al. 2025, arXiv:2505.01618).
 The batch is of random tokens and the same at every step: what is asked is how far a given update carries, not what can
 be learnt.
 
+Powers at widths 64, 128, 512 after five steps of two layers, of the change of (what blocks add; the margin): with mup
+at most 0.03 in size; 0.07. Standard: AdamW 0.26; 0.60, Lion 0.34; 0.92, Adafactor 0.11; 0.54, Muon 0.01; 0.57. So a
+limit of 0.15 lies between them. (Norms hide what a block's weights do once they have moved far: look at early steps,
+or at a lower rate.)
+
 Shapes: B batch, T length, D embed, L layers.
 """
 
