@@ -127,6 +127,7 @@ def test_rooms_do_not_import_in_a_circle() -> None:
         ("lm_jax.training.loop", "from lm_jax.objectives.next_token import next_token"),
         ("lm_jax.training.loop", "import lm_jax.objectives.next_token"),
         ("lm_jax.costs", "from lm_jax.training.run import TrainConfig"),
+        ("lm_jax.training.loop", "from lm_jax.scaling.coordinates import measure"),
         ("lm_jax.config", "import configs.tiny"),
         ("lm_jax", "from launch import train"),
         ("lm_jax.cellar.wine", "import jax"),

@@ -158,7 +158,7 @@ def hidden(
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=not c.scan)
-    x_BTD = _embed(params, tokens_BT, c, layout.residual)
+    x_BTD = embed_tokens(params, tokens_BT, c, layout.residual)
     x_BTD, cache = _run_layers(layer, x_BTD, params["blocks"], cache, c)
     x_BTD = norm(params["final_norm"], x_BTD, c=c)
     return constrain(x_BTD, "batch", "length", "features") if layout.split_residual else x_BTD, cache
@@ -170,9 +170,9 @@ def columns(c: TransformerConfig, layout: Layout, length: int) -> np.ndarray | N
     return ring_order(length, parts, c.window) if layout.context == "ring" and parts > 1 else None
 
 
-def _embed(params: Params, tokens_BT: Array, c: TransformerConfig, length: str) -> Array:
-    """`[B, T, D]`. The table is gathered over fsdp first: a look-up in a table split over features would be rebuilt
-    whole."""
+def embed_tokens(params: Params, tokens_BT: Array, c: TransformerConfig, length: str = "length") -> Array:
+    """`[B, T, D]`, where the residual stream begins. The table is gathered over fsdp first: a look-up in a table split
+    over features would be rebuilt whole."""
     table = constrain(params["embedding"].astype(c.compute_dtype), "vocab", None)
     # "fill" makes an id beyond the vocabulary NaN, so that the step is refused; the default for plain indexing clamps
     # it.

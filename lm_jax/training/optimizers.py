@@ -156,7 +156,8 @@ def peak_rates(config: OptimizerConfig, specs: Tree) -> Tree:
 # optimizer and the parameter's role; 0 where none stands. With `n` the width, a weight matrix is to change by order
 # 1/n a number, everything else by order 1, and gradients are of order 1/n (Yang et al. 2022, table 8):
 #   - Adam's and Lion's directions are of order 1, whatever the gradient;
-#   - SGD's are the gradient;
+#   - SGD's are the gradient. It keeps the gradient's size, so clipping must not act: the global norm is not of one
+#     order at every width (with `clip_norm` 1 the embedding's change went with width^0.3, without it with width^0.02);
 #   - Adafactor's are of the size of the weight: n^-0.5 for a matrix, which starts at fan_in^-0.5;
 #   - Muon's matrices have a spectral norm that depends on nothing but their proportions, and a weight matrix is to
 #     change by just that (Yang et al. 2023, arXiv:2310.17813); the rest is Adam's.

@@ -98,10 +98,11 @@ def shrunk(config: RunConfig, devices: int) -> RunConfig:
     wide = 128 if config.optimizer.name == "adafactor" else 32  # from there on it factors second moments
     cuts = 2 * sequence * tensor
     length = -(-288 // cuts) * cuts  # more than two of attention's blocks of 128
+    embed = -(-wide // unit) * unit
     small = dataclasses.replace(
         model,
         layers=2,
-        embed=-(-wide // unit) * unit,
+        embed=embed,
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=16,
@@ -110,6 +111,9 @@ def shrunk(config: RunConfig, devices: int) -> RunConfig:
         window=None if model.window is None else max(2, min(model.window, length // 3)),
         dtype="float32",
         output_init="scaled",  # outputs that start at zero would hide what lies before them
+        base_embed=None if model.base_embed is None else embed // 2,  # so that all multipliers act
+        base_layers=None if model.base_layers is None else 1,
+        base_head_dim=None if model.base_head_dim is None else 8,
     )
     microbatches = 2 if train.microbatches > 1 else 1
     rows = 2 * mesh.data * fsdp * microbatches

@@ -53,6 +53,13 @@ def test_what_is_shrunk_fits_its_mesh_and_keeps_its_kinds(
     assert small.mesh.context == context and small.mesh.split_residual
 
 
+def test_what_is_shrunk_is_twice_its_base() -> None:
+    sizes = {"parametrization": "completep", "base_embed": 256, "base_layers": 6, "base_head_dim": 64}
+    model = TransformerConfig(layers=12, embed=1024, heads=16, vocab=300, **sizes)
+    small = shrunk(RunConfig(model=model), 1).model
+    assert small.scale == (2.0, 2.0) and small.attention_scale(small.head_size) == 8**0.5 / 16
+
+
 def test_rows_have_documents_of_every_kind() -> None:
     rows = packed_rows(shrunk(RunConfig(model=TransformerConfig(vocab=300)), 4), 0)
     found = list(documents(rows))
