@@ -30,5 +30,5 @@ def sweep(s: Sweep) -> Points:
         s.each("model.parametrization", ("standard", "mup")),
         lambda c: standard if c.model.parametrization == "standard" else None,
     )
-    rates = s.each("optimizer.learning_rate", [2.0**-k for k in (9, 8, 7, 6, 5, 4)])
-    return in_proportion(s, s.product(kinds, widths(s, (64, 256)), rates, s.seeds(1)))
+    rates = s.each("optimizer.learning_rate", [2.0 ** (-k / 2) for k in range(11, 20)])  # a factor of 1.41 apart
+    return in_proportion(s, s.product(kinds, widths(s, (64, 256)), rates, s.seeds(3)))
