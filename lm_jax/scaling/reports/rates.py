@@ -135,12 +135,15 @@ def _ends(panel: Sequence[Profile]) -> tuple[Profile, Profile]:
 def _draw(found: Sequence[Profile]) -> bytes:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     panels = list(dict.fromkeys(p.panel for p in found))
     curves = list(dict.fromkeys(p.curve for p in found))
     colors = dict(zip(curves, colormaps["viridis"](np.linspace(0, 0.85, len(curves))), strict=True))
     figure = Figure(figsize=(5.2 * min(2, len(panels)), 4.2 * math.ceil(len(panels) / 2)), layout="constrained")
-    grid: Any = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), sharey=True, squeeze=False)
+    grid: Any = figure.subplots(
+        math.ceil(len(panels) / 2), min(2, len(panels)), sharex=True, sharey=True, squeeze=False
+    )
     for axis in grid.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(grid.flat, panels, strict=False):
@@ -149,6 +152,7 @@ def _draw(found: Sequence[Profile]) -> bytes:
             axis.errorbar(p.rates, p.losses, yerr=errors, fmt="-o", ms=3, color=colors[p.curve], label=p.curve)
             axis.plot(p.rates[p.best], p.losses[p.best], "*", ms=15, color=colors[p.curve], mec="black")
         axis.set(xscale="log", xlabel="learning rate", title=panel)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend()
     lowest = min(np.nanmin(p.losses) for p in found)
