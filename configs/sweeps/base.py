@@ -1,12 +1,13 @@
 """What the shipped sweeps have in common: small models of bytes, a family in which the width alone grows.
 
-Three layers, heads of 8, squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64
-as its base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own standard
-library, which is on every machine that runs this.
+Two layers, heads of about 16, squared ReLU of four times the width, normalised queries and keys. muP, with the width of
+64 as its base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own
+standard library, which is on every machine that runs this.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -17,10 +18,8 @@ from lm_jax.scaling.sweep import Points, Sweep
 
 def small() -> ConfigDict:
     config = base()
-    config.model.layers = 3
+    config.model.layers = 2
     config.model.embed = 64
-    config.model.heads = 8
-    config.model.head_dim = 8
     config.model.feed_forward = "squared_relu"
     config.model.qk_norm = True
     config.model.scan = False
@@ -36,10 +35,12 @@ def small() -> ConfigDict:
 
 
 def widths(s: Sweep, values: Sequence[int]) -> Points:
-    """Models of these widths, with as many heads as fit."""
+    """Models of these widths, all of them multiples of 8, with heads of about 16 features."""
 
     def heads(config: ConfigDict) -> Mapping[str, int]:
-        return {"model.heads": config.model.embed // config.model.head_dim}
+        near = config.model.embed / 16
+        counts = [n for n in range(1, config.model.embed) if config.model.embed % (2 * n) == 0]  # of an even width
+        return {"model.heads": min(counts, key=lambda n: abs(math.log(n / near)))}
 
     return s.conditional(s.each("model.embed", values), heads)
 

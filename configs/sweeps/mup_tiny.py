@@ -15,9 +15,6 @@ REPORT = "rates"
 
 def get_config() -> ConfigDict:
     config = small()
-    config.model.layers = 2
-    config.model.heads = 4
-    config.model.head_dim = 16
     config.train.steps = 200
     config.train.length = 64
     config.evaluation.batches = 128
