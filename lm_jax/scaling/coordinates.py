@@ -12,7 +12,8 @@ be learnt.
 Powers at widths 64, 128, 512 after five steps of two layers, of the change of (what blocks add; the margin): with mup
 at most 0.03 in size; 0.07. Standard: AdamW 0.26; 0.60, Lion 0.34; 0.92, Adafactor 0.11; 0.54, Muon 0.01; 0.57. So a
 limit of 0.15 lies between them. (Norms hide what a block's weights do once they have moved far: look at early steps,
-or at a lower rate.)
+or at a lower rate.) Over depths 2, 4, 16 with AdamW the margin's goes with 0.06 under completep with an `embedding_std`
+of 0.5, with 0.16 with one of 0.02: next to so small an embedding, what a shallow model adds to it is all there is.
 
 Shapes: B batch, T length, D embed, L layers.
 """
@@ -61,8 +62,9 @@ CHECKED: dict[Axis, tuple[str, ...]] = {
     "width": tuple(KINDS),
     "depth": ("embedding", "residual", "logits", "margin"),
 }
-# Of these the change may shrink: logits start as a random function of size m^-0.5, which training draws anew.
-MAY_SHRINK = ("logits",)
+# Of these the change may shrink: logits start as a random function of size m^-0.5, which training draws anew, and so
+# does over depths what the blocks add up to.
+MAY_SHRINK: dict[Axis, tuple[str, ...]] = {"width": ("logits",), "depth": ("logits", "residual")}
 
 
 class Scales(NamedTuple):
@@ -81,10 +83,11 @@ class Check:
     change: float
     level: float
     limit: float
+    may_shrink: bool = False
 
     @property
     def ok(self) -> bool:
-        least = -math.inf if self.kind in MAY_SHRINK else -self.limit
+        least = -math.inf if self.may_shrink else -self.limit
         return least <= self.change <= self.limit and self.level <= self.limit  # NaN is not
 
     @property
@@ -256,10 +259,10 @@ def verdicts(sizes: Sequence[int], scales: Scales, axis: Axis, limit: float) -> 
     if len(set(sizes)) < 2:
         raise ConfigError(axis, f"{list(sizes)} has no slope", "give two sizes or more")
     sizes = sorted(sizes)
-    return [
-        Check(kind, slope(sizes, scales.change[kind][:, -1]), slope(sizes, scales.level[kind][:, -1]), limit)
-        for kind in CHECKED[axis]
-    ]
+    powers = {
+        kind: [slope(sizes, values[kind][:, -1]) for values in (scales.change, scales.level)] for kind in CHECKED[axis]
+    }
+    return [Check(kind, change, level, limit, kind in MAY_SHRINK[axis]) for kind, (change, level) in powers.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture

@@ -120,20 +120,25 @@ def test_slopes_are_powers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "level", "ok"),
+    ("kind", "change", "level", "ok", "axis"),
     [
-        ("residual", 0.1, 0.1, True),
-        ("residual", -0.2, 0.0, False),
-        ("residual", 0.2, 0.0, False),
-        ("residual", 0.0, 0.2, False),
-        ("residual", 0.0, -0.5, True),
-        ("logits", -0.5, -0.5, True),
-        ("logits", 0.2, 0.0, False),
-        ("margin", math.nan, 0.0, False),
+        ("residual", 0.1, 0.1, True, "width"),
+        ("residual", -0.2, 0.0, False, "width"),
+        ("residual", 0.2, 0.0, False, "width"),
+        ("residual", 0.0, 0.2, False, "width"),
+        ("residual", 0.0, -0.5, True, "width"),
+        ("logits", -0.5, -0.5, True, "width"),
+        ("logits", 0.2, 0.0, False, "width"),
+        ("margin", math.nan, 0.0, False, "width"),
+        ("residual", -0.2, 0.0, True, "depth"),
+        ("margin", -0.2, 0.0, False, "depth"),
     ],
 )
-def test_what_passes(kind: str, change: float, level: float, ok: bool) -> None:
-    assert Check(kind, change, level, LIMIT).ok is ok
+def test_what_passes(kind: str, change: float, level: float, ok: bool, axis: coordinates.Axis) -> None:
+    values = {k: np.ones((2, 2)) for k in coordinates.KINDS}
+    grown = Scales(*(values | {kind: np.array([[1, 1], [1, 4.0**power]])} for power in (level, change)))
+    (found,) = [check for check in verdicts((1, 4), grown, axis, LIMIT) if check.kind == kind]
+    assert found.ok is ok
 
 
 def test_the_picture_is_one() -> None:
