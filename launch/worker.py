@@ -100,8 +100,11 @@ def _train(job: Mapping[str, Any], directory: epath.Path, started: bool) -> str:
         return "saved"
     memory = need(config.with_likely_vocab(), jax.device_count())["total"]
     seconds = time.perf_counter() - began
-    outcome.write(directory, outcome.finished(job["fingerprint"], directory, seconds=seconds, memory_bytes=memory))
+    ended = outcome.finished(job["fingerprint"], directory, seconds=seconds, memory_bytes=memory)
     jax.clear_caches()  # the next run is of other shapes
+    if not ended.finished:
+        raise Failure(ended.reason)
+    outcome.write(directory, ended)
     return "finished"
 
 

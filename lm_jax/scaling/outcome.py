@@ -28,8 +28,8 @@ class Outcome:
       fingerprint: of the run; another config under the same name is another run.
       status: finished, or failed.
       reason: why it failed; empty where it did not.
-      loss: of held-out text, nats a token; None where there is none.
-      train_loss: mean over the last steps.
+      loss: of held-out text after the last step, nats a token; None where none is held out.
+      train_loss: mean over the last steps, those left out that were not finite; None where all were not.
       tokens: trained on.
       flops: of training.
       parameters: by part; see `costs.parameters`.
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def finished(fingerprint: str, directory: epath.Path, *, seconds: float, memory_bytes: int | None) -> Outcome:
-    """The outcome of a run that has come to its end, from its records.
+    """The outcome of a run that has come to its end, from its records; failed where its held-out loss is not finite.
 
     Args:
       fingerprint: of the run; see `Run`.
@@ -74,13 +74,20 @@ def finished(fingerprint: str, directory: epath.Path, *, seconds: float, memory_
     train = config.train
     tokens = train.total_steps * train.tokens_per_step
     history = History(read_metrics(directory / FILE))
-    evaluations = [record for record in history.evaluations if record.get("eval_loss") is not None]
+    loss = None
+    if config.data.held_out > 0:
+        # Of the last step and no other: an earlier evaluation is of another model.
+        loss = next((r.get("eval_loss") for r in history.evaluations if r["step"] == train.total_steps), None)
+        if loss is None:
+            return Outcome(fingerprint, "failed", "it has no finite held-out loss after its last step")
     last = max(1, round(SMOOTHED * len(history.losses)))
+    # A step whose loss was not finite was not applied either.
+    trained = [value for value in history.losses[-last:] if math.isfinite(value)]
     return Outcome(
         fingerprint,
         "finished",
-        loss=evaluations[-1]["eval_loss"] if evaluations else None,
-        train_loss=statistics.fmean(history.losses[-last:]) if history.losses else None,
+        loss=loss,
+        train_loss=statistics.fmean(trained) if trained else None,
         tokens=tokens,
         flops=costs.training_flops(config.model, train.length, tokens),
         parameters=costs.parameters(config.model),

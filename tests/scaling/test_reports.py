@@ -17,10 +17,10 @@ from configs.ablations import architecture_tiny
 from configs.sweeps import isoflop_tiny, mup_tiny
 from launch.cli import load
 from lm_jax import costs
-from lm_jax.config import build
+from lm_jax.config import build, to_dict
 from lm_jax.errors import UserError
 from lm_jax.paths import run_path
-from lm_jax.scaling.outcome import Outcome, read, write
+from lm_jax.scaling.outcome import Outcome, finished, read, write
 from lm_jax.scaling.reports import ablations, make, page, rates
 from lm_jax.scaling.sweep import Run, plan
 from lm_jax.training.run import RunConfig
@@ -190,6 +190,28 @@ def test_the_best_rates_and_how_far_they_are_apart() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
+
+
+def test_an_outcome_is_of_the_last_step_and_of_finite_losses(tmp_path: Path) -> None:
+    config = isoflop_tiny.get_config()
+    config.train.steps = 40
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(build(RunConfig, config).with_likely_vocab())))
+    losses: list[float | None] = [3.0, 2.0, None]  # the last step was not applied
+    steps = [{"kind": "step", "step": 38 + i, "loss": x, "bad_step": x is None} for i, x in enumerate(losses)]
+
+    def outcome(last: float | None) -> Outcome:
+        evaluations = [{"kind": "evaluation", "step": s, "eval_loss": x} for s, x in ((0, 5.5), (40, last))]
+        text = "".join(json.dumps(record) + "\n" for record in [*steps, *evaluations])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        found = finished("abc", run_path(tmp_path), seconds=1.0, memory_bytes=None)
+        write(run_path(tmp_path), found)
+        assert read(run_path(tmp_path)) == found
+        return found
+
+    good = outcome(2.5)
+    assert (good.loss, good.bad_steps) == (2.5, 1) and good.train_loss is None  # 5% of three steps is the last
+    bad = outcome(None)
+    assert not bad.finished and "no finite held-out loss" in bad.reason  # not the 5.5 of before the first step
 
 
 def test_outcomes_come_back_and_damaged_ones_count_as_none(

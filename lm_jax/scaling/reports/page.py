@@ -14,7 +14,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from etils import epath
 
 from lm_jax import paths
@@ -93,7 +92,7 @@ def usable(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> tuple[list[E
             notes.append(f"{run.name} has not run")
         elif not outcome.finished:
             notes.append(f"{run.name} is left out: it failed ({outcome.reason})")
-        elif not any(loss is not None and np.isfinite(loss) for loss in (outcome.loss, outcome.train_loss)):
+        elif outcome.loss is None and outcome.train_loss is None:
             notes.append(f"{run.name} is left out: its loss is not finite")
         else:
             ended.append(Ended(run, outcome))
