@@ -130,9 +130,10 @@ def _collect(runs: Sequence[Run], folders: Mapping[str, epath.Path]) -> dict[str
     found = {run.name: outcome.read(folders[run.name]) for run in runs}
     for run in runs:
         ended = found[run.name]
-        if ended is not None and ended.fingerprint != run.fingerprint:
+        known = ended.fingerprint if ended is not None else outcome.begun(folders[run.name])
+        if known not in (None, run.fingerprint):
             raise UserError(
-                f"{folders[run.name]} was run with another config\n"
+                f"{folders[run.name]} was {'run' if ended else 'begun'} with another config\n"
                 "give another --workdir, or delete that folder to run it again"
             )
     return {name: ended for name, ended in found.items() if ended is not None}

@@ -95,6 +95,7 @@ def _train(job: Mapping[str, Any], directory: epath.Path, started: bool) -> str:
         runtime.start(FLAGS, config)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs, many times
     config = fitted(config)
+    outcome.begin(directory, job["fingerprint"])
     code = train(config, directory, objective, job["command"])
     if code != FINISHED:
         return "saved"

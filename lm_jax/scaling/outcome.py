@@ -1,4 +1,5 @@
-"""What came of a sweep's run: read from its records once it has ended, kept in its folder as `result.json`."""
+"""What came of a sweep's run: read from its records once it has ended, kept in its folder as `result.json`. Beside it,
+from before its first step, `fingerprint.txt` says which run it is."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from lm_jax.training.metrics import FILE, History, read_metrics
 from lm_jax.training.run import RunConfig
 
 RESULT = "result.json"
+FINGERPRINT = "fingerprint.txt"
 SMOOTHED = 0.05  # of a run's steps: what its last training loss is the mean of
 
 
@@ -98,6 +100,18 @@ def finished(fingerprint: str, directory: epath.Path, *, seconds: float, memory_
         memory_bytes=memory_bytes,
         bad_steps=len(history.bad_tokens),
     )
+
+
+def begin(directory: epath.Path, fingerprint: str) -> None:
+    """Writes down which run a folder is, before it trains: a run that has not ended must go on as the same one."""
+    if begun(directory) is None:
+        paths.write_text_atomic(directory / FINGERPRINT, fingerprint + "\n")
+
+
+def begun(directory: epath.Path) -> str | None:
+    """The fingerprint of the run that a folder was begun with; None where none has begun there."""
+    file = directory / FINGERPRINT
+    return paths.read_text(file).strip() if file.exists() else None
 
 
 def write(directory: epath.Path, outcome: Outcome) -> None:

@@ -117,6 +117,9 @@ def _ends_without_running(folder: Path) -> None:
     assert json.loads(results[BAD].read_text())["status"] == "failed"
     other = run_module("launch.sweep", *arguments(folder, "--config.optimizer.eps=1e-7"), check=False)
     assert other.returncode == 2 and "was run with another config" in other.stderr
+    results[GOOD[0]].unlink()  # as if it had been stopped before its end
+    other = run_module("launch.sweep", *arguments(folder, "--config.optimizer.eps=1e-7"), check=False)
+    assert other.returncode == 2 and "was begun with another config" in other.stderr
 
 
 def test_dry_run_lists_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
