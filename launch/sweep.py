@@ -83,7 +83,6 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
     folders = {run.name: directory / "runs" / run.name for run in runs}
     outcomes = _collect(runs, folders)
     missing = [r for r in runs if r.name not in outcomes or (RETRY.value and not outcomes[r.name].finished)]
-    pool, stopped = None, False
     if missing:
         machine = _machine(chosen)
         print(_listing(runs, outcomes, machine), flush=True)
@@ -92,13 +91,14 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         slots, cores = _slots(missing, machine)
         pool = Pool(python("launch.worker"), [_job(r, folders[r.name], file) for r in missing], slots, cores)
         live = Live({r.name: r for r in missing}, folders, pool, done=len(runs) - len(missing))
-        stopped = _work(pool, live)
+        _work(pool, live)
         _write_failures(pool, {r.name: r for r in missing}, folders)
+        # Not only by this process's signals: a cluster stops all processes of a job, each for itself.
+        left = sum(state.status not in ("finished", "failed") for state in pool.states.values())
+        if left:
+            print(f"stopped with {left} of {len(runs)} runs to go: the same command goes on", file=sys.stderr)
+            return STOPPED
         outcomes = _collect(runs, folders)
-    if stopped:
-        left = sum(run.name not in outcomes for run in runs)
-        print(f"stopped with {left} of {len(runs)} runs to go: the same command goes on", file=sys.stderr)
-        return STOPPED
     made, summary = report.write(
         directory,
         kind,
@@ -139,22 +139,26 @@ def _collect(runs: Sequence[Run], folders: Mapping[str, epath.Path]) -> dict[str
     return {name: ended for name, ended in found.items() if ended is not None}
 
 
-def _work(pool: Pool, live: Any) -> bool:
-    """Waits for the pool, showing how it stands. Returns whether it was asked to stop."""
+def _work(pool: Pool, live: Any) -> None:
+    """Waits for the pool, showing how it stands. A signal has its runs save and stop; a second Ctrl-C ends them."""
     asked: list[int] = []
+    told = False
     old = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     pool.start()
     try:
         while pool.working:
-            if asked:
+            if asked and not told:
+                told = True
+                live.say("stopping: runs save after their step; Ctrl-C again ends them at once")
                 pool.stop()
+            if asked.count(signal.SIGINT) > 1:
+                pool.kill()
             live.update()
             pool.wait(0.5)
     finally:
         live.close()
         for number, handler in old.items():
             signal.signal(number, handler)
-    return bool(asked)
 
 
 def _write_failures(pool: Pool, runs: Mapping[str, Run], folders: Mapping[str, epath.Path]) -> None:

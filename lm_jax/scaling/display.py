@@ -111,7 +111,7 @@ class Live:
                 self._ended.add(name)
                 took = duration(state.ended - state.began) if state.began else "0s"
                 reason = f": {state.reason}" if state.reason else ""
-                self._say(f"{state.status} {name} ({took}){reason}")
+                self.say(f"{state.status} {name} ({took}){reason}")
         now = time.monotonic()
         running = {name: last_step(self._directories[name]) for name, s in states.items() if s.status == "running"}
         if self._terminal:
@@ -149,12 +149,16 @@ class Live:
         total = self._runs[name].config.train.total_steps
         return f"  {name}: step {record['step']}/{total}, loss {shown}"
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
         self._erase()
         self._write(text + "\n")
 
     def _draw(self, lines: Sequence[str]) -> None:
-        columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:
+            return  # as below
         self._erase()
         self._write("".join(line[: columns - 1] + "\n" for line in lines))
         self._lines = len(lines)

@@ -103,9 +103,17 @@ class Pool:
             return
         for process in processes:
             _signal(process, signal.SIGTERM)
-        timer = threading.Timer(_GRACE_SECONDS, _kill, (processes,))
+        timer = threading.Timer(_GRACE_SECONDS, self.kill)
         timer.daemon = True
         timer.start()
+
+    def kill(self) -> None:
+        """Ends all processes at once; a run goes on later from its last checkpoint."""
+        with self._lock:
+            self._stopping = True
+            processes = list(self._processes.values())
+        for process in processes:
+            _signal(process, signal.SIGKILL)
 
     # ---------------------------------------------------------------------------------------------- a thread a process
 
@@ -184,11 +192,6 @@ def _end(process: subprocess.Popen[str] | None) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        _signal(process, signal.SIGKILL)
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lm_jax.scaling.pool import Job, Pool
 
-# Does what its job says: `answer`, `die` by a signal or with a status, `wait` until it is asked to stop.
+# Does what its job says: `answer`, `die` by a signal or a status, `wait` until it is asked to stop (`deaf`: longer).
 WORKER = """
 import json, os, signal, sys, time
 asked = []
@@ -22,7 +22,7 @@ for line in sys.stdin:
     if job["do"] == "leave":
         os._exit(int(job["status"]))
     end = time.monotonic() + 30
-    while job["do"] == "wait" and not asked and time.monotonic() < end:
+    while job["do"] in ("wait", "deaf") and not (asked and job["do"] == "wait") and time.monotonic() < end:
         time.sleep(0.01)
     status = "saved" if asked else "failed" if job["do"] == "fail" else "finished"
     reason = f"{setup['cores']} {os.environ.get('SLOT')} {os.getpid()}"
@@ -89,3 +89,15 @@ def test_stopping_has_every_process_save_and_starts_nothing_more() -> None:
     made.stop()
     finish(made)
     assert [made.states[name].status for name in "abc"] == ["saved", "saved", "waiting"]
+
+
+def test_killing_ends_processes_that_do_not_hear() -> None:
+    made = pool([job("a", "deaf"), job("b", "answer")])
+    end = time.monotonic() + 30
+    while made.states["a"].status != "running":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    made.stop()
+    made.kill()
+    finish(made)
+    assert [made.states[name].status for name in "ab"] == ["saved", "waiting"]
