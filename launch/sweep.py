@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +46,7 @@ NEXT_FLOPS = flags.DEFINE_float(
 
 STOPPED = 75
 _ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
+_OTHERS_SECONDS = 90.0  # how long a process that lost its sweep may take to save its run
 _CPU_FLOPS = 1.5e10  # a second and core, of models of a million parameters and less (x86, float32)
 
 
@@ -87,6 +89,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         machine = _machine(chosen)
         print(_listing(runs, outcomes, machine), flush=True)
         _share_data(missing)
+        _wait_for_others([folders[run.name] for run in missing])
         missing.sort(key=lambda run: -run.flops)  # the longest first: the processes then end together
         slots, cores = _slots(missing, machine)
         pool = Pool(python("launch.worker"), [_job(r, folders[r.name], file) for r in missing], slots, cores)
@@ -159,6 +162,29 @@ def _work(pool: Pool, live: Any) -> None:
         live.close()
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _wait_for_others(folders: Sequence[epath.Path]) -> None:
+    """Until no process of a sweep that was killed saves one of these runs any more.
+
+    Raises:
+      UserError: one takes longer than that; names its process.
+    """
+    from lm_jax.paths import is_local, lock
+
+    until, told = time.monotonic() + _OTHERS_SECONDS, False
+    for folder in folders:
+        while is_local(folder) and folder.exists():
+            try:
+                lock(folder).release()
+                break
+            except UserError as e:
+                if time.monotonic() > until:
+                    raise
+                if not told:
+                    print(f"{str(e).splitlines()[0]}: waiting for it to save", file=sys.stderr, flush=True)
+                told = True
+                time.sleep(0.5)
 
 
 def _write_failures(pool: Pool, runs: Mapping[str, Run], folders: Mapping[str, epath.Path]) -> None:

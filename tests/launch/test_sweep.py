@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import sweep
+from lm_jax.paths import lock, run_path
 from lm_jax.training.metrics import read_metrics
 from tests.support.processes import ROOT, environment, run_module
 from tests.support.small_run import write_text
@@ -120,6 +122,24 @@ def _ends_without_running(folder: Path) -> None:
     results[GOOD[0]].unlink()  # as if it had been stopped before its end
     other = run_module("launch.sweep", *arguments(folder, "--config.optimizer.eps=1e-7"), check=False)
     assert other.returncode == 2 and "was begun with another config" in other.stderr
+
+
+def test_a_run_that_is_still_being_saved_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
+            "time.sleep(1)",
+            str(tmp_path / ".lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline()
+    sweep._wait_for_others([run_path(tmp_path / "not there"), run_path(tmp_path)])
+    assert "waiting for it to save" in capsys.readouterr().err
+    lock(run_path(tmp_path)).release()
+    holder.communicate()
 
 
 def test_dry_run_lists_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
