@@ -43,7 +43,6 @@ def main() -> None:
     threading.Thread(target=_listen, args=(jobs, busy), daemon=True).start()
     started = False
     while (job := jobs.get()) is not None:
-        busy.set()
         answer = _answer(job, started)
         busy.clear()
         started = True
@@ -54,6 +53,7 @@ def main() -> None:
 def _listen(jobs: queue.SimpleQueue[dict[str, Any] | None], busy: threading.Event) -> None:
     """Hands on what comes in. At its end, the run that is being trained is asked to stop."""
     for line in sys.stdin:
+        busy.set()  # before the job is taken up: the next line may be the end
         jobs.put(json.loads(line))
     jobs.put(None)
     if busy.is_set():
@@ -75,7 +75,12 @@ def _answer(job: Mapping[str, Any], started: bool) -> dict[str, str]:
                 traceback.print_exc()
                 raise
     except Exception as e:
-        return {"status": "failed", "reason": (str(e).strip() or type(e).__name__).splitlines()[0]}
+        from lm_jax.scaling import outcome
+
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        with contextlib.suppress(Failure, OSError):  # at once: whoever asked may be killed before all runs end
+            outcome.write(directory, outcome.Outcome(job["fingerprint"], "failed", reason))
+        return {"status": "failed", "reason": reason}
 
 
 def _train(job: Mapping[str, Any], directory: epath.Path, started: bool) -> str:
