@@ -278,7 +278,9 @@ def _slots(runs: Sequence[Run], machine: Machine) -> tuple[list[dict[str, str]],
         alone = all(run.config.mesh.devices <= 1 for run in runs)  # negative where the mesh leaves an axis open
         wanted = min(JOBS.value or machine.devices, machine.devices, len(runs)) if alone else 1
         if wanted > 1:
-            return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(wanted)], [None] * wanted
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")  # those that this sweep may use; not all, or not the first
+            names = given.split(",") if given else [str(i) for i in range(wanted)]
+            return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:wanted]], [None] * wanted
     if machine.platform != "cpu":
         return [{}], [None]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None

@@ -16,7 +16,9 @@ import pytest
 
 from launch import sweep
 from lm_jax.paths import lock, run_path
+from lm_jax.scaling.sweep import Run
 from lm_jax.training.metrics import read_metrics
+from lm_jax.training.run import RunConfig
 from tests.support.processes import ROOT, environment, run_module
 from tests.support.small_run import write_text
 
@@ -140,6 +142,17 @@ def test_a_run_that_is_still_being_saved_is_waited_for(tmp_path: Path, capsys: p
     assert "waiting for it to save" in capsys.readouterr().err
     lock(run_path(tmp_path)).release()
     holder.communicate()
+
+
+def test_processes_take_the_gpus_that_the_sweep_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("a", {}, {}, RunConfig())
+    sweep.FLAGS(["sweep"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    slots, cores = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"))
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "3"] and cores == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    slots, _ = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"))
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
 
 
 def test_dry_run_lists_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
