@@ -168,6 +168,12 @@ def test_an_ablation_without_a_base_is_refused() -> None:
         ablations.effects([e for e in of_changes(lambda c, s: 2.0) if e.label("change") != "base"])
 
 
+def test_an_ablation_over_a_third_thing_is_refused() -> None:
+    runs = [e for e in of_changes(lambda c, s: 2.0) if e.label("change") == "base"]
+    with pytest.raises(UserError, match="one change and one seed"):
+        ablations.effects([*runs, runs[0]])
+
+
 # --------------------------------------------------------------------------------------------------------------- rates
 
 
@@ -189,6 +195,21 @@ def test_the_best_rates_and_how_far_they_are_apart() -> None:
     assert any("parametrization standard" in line and "2 steps of the grid apart" in line for line in summary)
 
 
+def test_a_rate_at_which_a_seed_failed_is_not_the_best_and_one_rate_alone_is_shown() -> None:
+    config = mup_tiny.get_config()
+    runs = plan(config, lambda s: s.product(s.each(f"optimizer.{rates.RATE}", (1e-3, 2e-3)), s.seeds(2))).runs
+    losses = [2.0, 2.1, 1.9, None]
+    known = [page.Ended(r, ended(r, x)) for r, x in zip(runs, losses, strict=True) if x is not None]
+    (profile,) = rates.profiles(known)
+    assert list(profile.seeds) == [2, 1] and profile.rates[profile.best] == 1e-3
+    assert "Of fewer where runs are missing: all runs" in rates.analyse(known).summary[-1]
+    one = plan(
+        config, lambda s: s.product(s.each("model.embed", (64, 128)), s.each(f"optimizer.{rates.RATE}", (1e-3,)))
+    )
+    alone = rates.analyse([page.Ended(r, ended(r, 2.0 + i)) for i, r in enumerate(one.runs)])
+    assert "The grid has one rate" in alone.summary[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ outcomes
 
 
@@ -197,7 +218,10 @@ def test_an_outcome_is_of_the_last_step_and_of_finite_losses(tmp_path: Path) -> 
     config.train.steps = 40
     (tmp_path / "config.json").write_text(json.dumps(to_dict(build(RunConfig, config).with_likely_vocab())))
     losses: list[float | None] = [3.0, 2.0, None]  # the last step was not applied
-    steps = [{"kind": "step", "step": 38 + i, "loss": x, "bad_step": x is None} for i, x in enumerate(losses)]
+    steps = [
+        {"kind": "step", "step": 38 + i, "loss": x, "step_seconds": 0.1, "bad_step": x is None}
+        for i, x in enumerate(losses)
+    ]
 
     def outcome(last: float | None) -> Outcome:
         evaluations = [{"kind": "evaluation", "step": s, "eval_loss": x} for s, x in ((0, 5.5), (40, last))]

@@ -59,11 +59,17 @@ def effects(ended: Sequence[Ended]) -> tuple[Effect, list[Effect], list[str]]:
     differences scatter less than the runs themselves.
 
     Raises:
-      UserError: there is no run of the base.
+      UserError: there is no run of the base; or runs differ in more than change and seed.
     """
     by_change: dict[str, dict[int, Ended]] = {}
     for run in ended:
-        by_change.setdefault(run.label("change"), {})[run.run.config.train.seed] = run
+        of_change, seed = by_change.setdefault(run.label("change"), {}), run.run.config.train.seed
+        if seed in of_change:
+            raise UserError(
+                f"{of_change[seed].run.name} and {run.run.name} are of one change and one seed\n"
+                "an ablation's runs differ in their change and their seed alone"
+            )
+        of_change[seed] = run
     base = by_change.pop(BASE, {})
     if not base:
         raise UserError(

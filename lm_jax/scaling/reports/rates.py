@@ -25,9 +25,9 @@ class Profile:
       panel: what is the same in all of a picture's panel, as a name says it.
       curve: what tells its curves apart.
       rates: rising.
-      losses: mean over seeds; nan where every seed's run failed.
+      losses: mean over the seeds whose runs ended; a rate of which none did is not there.
       errors: standard error of those means; nan with one seed.
-      seeds: the most seeds of a rate.
+      seeds: how many those are, a number a rate.
     """
 
     panel: str
@@ -35,12 +35,12 @@ class Profile:
     rates: np.ndarray
     losses: np.ndarray
     errors: np.ndarray
-    seeds: int
+    seeds: np.ndarray
 
     @property
     def best(self) -> int:
-        """The index of the rate with the lowest mean loss."""
-        return int(np.nanargmin(self.losses))
+        """The index of the rate with the lowest mean loss, of those at which no seed's run failed."""
+        return int(np.argmin(np.where(self.seeds == self.seeds.max(), self.losses, np.inf)))
 
     @property
     def at_edge(self) -> bool:
@@ -71,7 +71,7 @@ def profiles(ended: Sequence[Ended]) -> list[Profile]:
             float(np.std(losses[r], ddof=1)) / math.sqrt(len(losses[r])) if len(losses[r]) > 1 else math.nan
             for r in rates
         ]
-        seeds = max(len(v) for v in losses.values())
+        seeds = np.array([len(losses[r]) for r in rates])
         found.append(Profile(panel, curve, np.array(rates), np.array(means), np.array(errors), seeds))
     return found
 
@@ -91,8 +91,8 @@ def analyse(ended: Sequence[Ended]) -> Analysis:
     shifts = []
     for panel in panels:
         first, last = _ends([p for p in found if p.panel == panel])
-        if first is not last:
-            steps = steps_apart(first, last)
+        steps = steps_apart(first, last)
+        if first is not last and not math.isnan(steps):
             where = f"With {panel}, the" if panel else "The"
             shifts.append(
                 f"{where} best learning rate is {written(first.rates[first.best])} at {first.curve} and "
@@ -100,10 +100,13 @@ def analyse(ended: Sequence[Ended]) -> Analysis:
                 f"{'step' if round(steps) == 1 else 'steps'} of the grid apart."
             )
     edges = [f"{p.panel} {p.curve}".strip() for p in found if p.at_edge]
-    seeds = max(p.seeds for p in found)
+    seeds = max(int(p.seeds.max()) for p in found)
+    fewer = [f"{p.panel} {p.curve}".strip() for p in found if p.seeds.min() < seeds]
     grid = np.diff(np.log(found[0].rates))
     factor = f"a factor of {math.exp(np.median(grid)):.2f}" if len(grid) else "one rate"
     sure = f"The grid has {factor} between rates, and each loss is the mean of {seeds} seed{'s' * (seeds > 1)}."
+    if fewer:
+        sure += f" Of fewer where runs are missing: {'; '.join(fewer)}."
     if edges:
         sure += f" At the edge of the grid, so not bracketed: {'; '.join(edges)}."
     rows = [
