@@ -14,8 +14,9 @@ import pytest
 from scipy import stats
 
 from configs.ablations import architecture_tiny
-from configs.sweeps import isoflop_tiny, mup_tiny
+from configs.sweeps import isoflop_tiny, mup_tiny, tokens_tiny
 from launch.cli import load
+from launch.fit import read_table
 from lm_jax import costs
 from lm_jax.config import build, to_dict
 from lm_jax.errors import UserError
@@ -118,6 +119,14 @@ def test_the_next_config_is_the_law_s_optimum_and_loads(written: tuple[Path, lis
     assert abs(model.heads - best) <= 2  # of the true law; the fitted one is a little off
     assert model.parametrization == "mup" and model.head_size == 16 and model.layers == 2
     assert config.optimizer.warmup_steps == pytest.approx(train.total_steps / 10, rel=0.01)
+
+
+def test_the_table_of_a_sweep_over_tokens_can_be_fitted(tmp_path: Path) -> None:
+    runs = plan(tokens_tiny.get_config(), tokens_tiny.sweep).runs
+    outcomes = {run.name: ended(run, 2.0 + i) for i, run in enumerate(runs)}
+    (tmp_path / "runs.csv").write_text(page._csv(runs, outcomes))
+    table = read_table(run_path(tmp_path / "runs.csv"))
+    assert table["tokens"] == [run.tokens for run in runs] and table["name"] == [run.name for run in runs]
 
 
 def test_runs_that_identify_no_law_are_shown_without_one(

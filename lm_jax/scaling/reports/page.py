@@ -144,16 +144,18 @@ def _pictures(analysis: Analysis) -> list[Picture]:
 
 def _csv(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> str:
     """A line a run, fit for `launch.fit --csv`."""
-    words = list(dict.fromkeys(word for run in runs for word in run.labels))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = ["parameters", "parameters_without_embedding", "tokens", "flops", "loss", "train_loss", "steps"]
     columns += ["step_seconds", "seconds", "memory_bytes", "bad_steps", "status", "reason"]
+    # A sweep over tokens or steps has them among its words, too.
+    words = [w for w in dict.fromkeys(word for run in runs for word in run.labels) if w not in ("name", *columns)]
     writer.writerow(["name", *words, *columns])
     for run in runs:
         o = outcomes.get(run.name) or Outcome(run.fingerprint, "failed", "has not run")
         sizes = o.parameters or run.parameters
-        values = [sizes["total"], sizes["without_embedding"], run.tokens, repr(run.flops), o.loss, o.train_loss]
+        tokens, flops = (o.tokens, o.flops) if o.finished else (run.tokens, run.flops)
+        values = [sizes["total"], sizes["without_embedding"], tokens, repr(flops), o.loss, o.train_loss]
         values += [o.steps, o.step_seconds, round(o.seconds, 2), o.memory_bytes, o.bad_steps, o.status, o.reason]
         writer.writerow([run.name, *(run.labels.get(word, "") for word in words), *values])
     return out.getvalue()
