@@ -103,6 +103,8 @@ def read_table(path: Any) -> dict[str, list[Any]]:
         if not any(cell.strip() for cell in row):
             continue
         cell = {key: row[i].strip() if i < len(row) else "" for key, i in where.items()}
+        if delimiter == ";":  # where numbers are written as 3,14
+            cell |= {key: re.sub(r"^([^.,]*),([^.,]*)$", r"\1.\2", cell[key]) for key in cell if key != "name"}
         size = _number(cell["parameters"])
         read["parameters"].append(size)
         read["tokens"].append(

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.law_intervals import design
 from launch import cli, fit
+from lm_jax.paths import run_path
 from lm_jax.scaling.laws import fit_law, known_law
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +142,9 @@ def test_it_starts_without_jax(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_numbers_with_a_decimal_comma_are_read_where_semicolons_are_between(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", "N;D;loss", ["1,5e6;20,000,000;3,141", "7.5;1,234.5;2.5"])
+    table = fit.read_table(run_path(tmp_path / "a.csv"))
+    assert table["parameters"] == [1.5e6, 7.5] and table["tokens"] == [2e7, 1234.5] and table["loss"] == [3.141, 2.5]
