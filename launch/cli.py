@@ -219,7 +219,7 @@ def load_file(spec: str) -> tuple[ConfigDict, ModuleType]:
     except Exception as e:
         if _within_lm_jax(e):
             raise
-        raise UserError(_failure(file, e)) from e
+        raise UserError(failure(file, e)) from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned a {type(config).__name__}, not an ml_collections.ConfigDict")
     return config, module
@@ -243,7 +243,7 @@ def _within_lm_jax(error: Exception) -> bool:
     return any(ours in Path(frame.filename).resolve().parents for frame in traceback.extract_tb(error.__traceback__))
 
 
-def _failure(file: Path, error: Exception) -> str:
+def failure(file: Path, error: Exception) -> str:
     """What went wrong in a config file: where, the line itself, what."""
     if isinstance(error, SyntaxError):
         where, line, text, what = error.filename, error.lineno, error.text, error.msg

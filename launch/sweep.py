@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lm_jax.data.pipeline import Prepared
     from lm_jax.scaling.outcome import Outcome
     from lm_jax.scaling.pool import Job, Pool
-    from lm_jax.scaling.sweep import Run
+    from lm_jax.scaling.sweep import Points, Run, Sweep
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "the sweep's folder (local, gs:// or s3://)", flag_values=FLAGS)
@@ -55,13 +56,14 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
 
     from lm_jax.paths import lock, run_path
     from lm_jax.scaling import sweep
+    from lm_jax.scaling.reports import make as report
 
-    declare = getattr(file.module, "sweep", None)
-    if declare is None:
+    if getattr(file.module, "sweep", None) is None:
         raise UserError(f"{file.spec} declares no sweep\nwrite a function sweep(s) beside get_config")
     chosen = os.environ.get("JAX_PLATFORMS", "")
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs' processes
-    plan = sweep.plan(config, declare)
+    report.check(getattr(file.module, "REPORT", report.PLAIN))
+    plan = sweep.plan(config, functools.partial(_declared, file))
     for note in plan.notes:
         print(note, file=sys.stderr)
     if DRY_RUN.value:
@@ -74,14 +76,27 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
         return _run(plan.runs, directory, file, chosen)
 
 
+def _declared(file: cli.ConfigFile, s: Sweep) -> Points:
+    """What the config file's `sweep` declares.
+
+    Raises:
+      UserError: it fails; names its line.
+    """
+    try:
+        points: Points = file.module.sweep(s)
+        return points
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(cli.failure(Path(file.module.__file__ or ""), e)) from e
+
+
 def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chosen: str) -> int:
     """Runs what has not ended yet, and collects."""
     from lm_jax.scaling.display import Live
     from lm_jax.scaling.pool import Pool, python
     from lm_jax.scaling.reports import make as report
 
-    kind = getattr(file.module, "REPORT", "runs")
-    report.check(kind)
     folders = {run.name: directory / "runs" / run.name for run in runs}
     outcomes = _collect(runs, folders)
     missing = [r for r in runs if r.name not in outcomes or (RETRY.value and not outcomes[r.name].finished)]
@@ -104,7 +119,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         outcomes = _collect(runs, folders)
     made, summary = report.write(
         directory,
-        kind,
+        getattr(file.module, "REPORT", report.PLAIN),
         runs,
         outcomes,
         command=_command(file),
@@ -243,6 +258,7 @@ def _overrides(file: cli.ConfigFile) -> list[str]:
 
 def _command(file: cli.ConfigFile) -> str:
     words = ["python", "-m", "launch.sweep", f"--config={file.spec}", *_overrides(file)]
+    words += [] if NEXT_FLOPS.value is None else [f"--next_flops={NEXT_FLOPS.value}"]
     return shlex.join([*words, f"--workdir={WORKDIR.value}"])
 
 
@@ -318,7 +334,8 @@ def _speed(outcomes: Mapping[str, Outcome], machine: Machine) -> float:
 
     ended = [o for o in outcomes.values() if o.finished and o.seconds > 0]
     if ended:
-        return sum(o.flops for o in ended) / sum(o.seconds for o in ended)
+        # A run that went on in another process has but the last one's seconds.
+        return sum(o.flops for o in ended) / sum(max(o.seconds, o.training_seconds) for o in ended)
     peak = peak_flops(machine.kind)
     return _CPU_FLOPS * (os.cpu_count() or 1) if peak is None else _ASSUMED_MFU * peak * machine.devices
 

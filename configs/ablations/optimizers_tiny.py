@@ -1,6 +1,7 @@
 """Optimizers and schedules, one at a time, against AdamW with a cosine, over four seeds.
 
-An optimizer is as good as its learning rate, so each comes with two, a factor of two apart.
+An optimizer is as good as its learning rate, so each comes with two, a factor of two apart; AdamW with half and twice
+the base's.
 
     python -m launch.sweep --config=configs/ablations/optimizers_tiny.py --workdir=runs/optimizers_tiny
 """

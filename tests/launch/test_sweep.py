@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import sweep
+from launch import cli, sweep
 from lm_jax.paths import lock, run_path
 from lm_jax.scaling.sweep import Run
 from lm_jax.training.metrics import read_metrics
@@ -168,3 +168,21 @@ def test_dry_run_lists_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
 def test_a_config_without_a_sweep_is_refused() -> None:
     done = run_module("launch.sweep", "--config=configs/tiny.py", "--dry_run", check=False)
     assert done.returncode == 2 and "declares no sweep" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("REPORT = 'lw'\ndef sweep(s):\n    return s.seeds(1)\n", "did you mean law"),
+        ("REPORT = 3\ndef sweep(s):\n    return s.seeds(1)\n", "there is no such report"),
+        ("def sweep(s):\n    return s.each('train.seed', 3)\n", "line 3\n    return s.each"),
+        ("def sweep(s):\n    return s.products()\n", "AttributeError"),
+    ],
+)
+def test_what_is_wrong_in_a_sweep_s_file_is_said_with_its_line(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text("from tests.support.small_run import get_config\n" + text)
+    argv = ["sweep", f"--config={tmp_path / 'a.py'}", "--dry_run"]
+    assert cli.status(sweep.main, sweep.FLAGS, argv, config=True, file=True) == 2
+    assert words in capsys.readouterr().err

@@ -173,7 +173,10 @@ def _extrapolation(held: HoldOut | str, budgets: IsoFlop | str) -> Section:
     if not inside:
         return Section("Extrapolation", text)
     caption = "What the law of the smaller budgets says of the largest"
-    return Section("Extrapolation", text, [Picture("extrapolation.png", caption, pictures.extrapolation(inside, held))])
+    drawn = _attempt(pictures.extrapolation, inside, held)  # of a law without optima there is no line
+    if isinstance(drawn, str):
+        return Section("Extrapolation", [*text, f"There is no picture: {drawn}."])
+    return Section("Extrapolation", text, [Picture("extrapolation.png", caption, drawn)])
 
 
 def _curves(runs: Runs, folder: Callable[[str], epath.Path]) -> list[Section]:

@@ -13,7 +13,8 @@ from lm_jax.scaling.reports import ablations, laws, page, rates
 from lm_jax.scaling.reports.page import Analysis, Ended, Section
 from lm_jax.scaling.sweep import Run
 
-KINDS = ("runs", "law", "rates", "ablation")
+PLAIN = "runs"
+KINDS = (PLAIN, "law", "rates", "ablation")
 
 
 def write(
@@ -53,7 +54,7 @@ def write(
 def check(kind: str) -> None:
     """Raises UserError where there is no such kind of report."""
     if kind not in KINDS:
-        raise UserError(f"REPORT = {kind!r}: there is no such report\n{did_you_mean(kind, KINDS)}")
+        raise UserError(f"REPORT = {kind!r}: there is no such report\n{did_you_mean(str(kind), KINDS)}")
 
 
 def _analyse(kind: str, ended: Sequence[Ended], directory: epath.Path, command: str, flops: float | None) -> Analysis:
