@@ -10,6 +10,7 @@ failed, 2 the user's mistake, 75 stopped and not finished (start me again).
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shlex
 import signal
@@ -47,6 +48,7 @@ NEXT_FLOPS = flags.DEFINE_float(
 
 STOPPED = 75
 _ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
+_TEXTS = "texts.json"  # fingerprints of the tokens that the sweep's runs read, by data config
 _OTHERS_SECONDS = 90.0  # how long a process that lost its sweep may take to save its run
 _CPU_FLOPS = 1.5e10  # a second and core, of models of a million parameters and less (x86, float32)
 
@@ -103,7 +105,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
     if missing:
         machine = _machine(chosen)
         print(_listing(runs, outcomes, machine), flush=True)
-        _share_data(missing)
+        _share_data(missing, directory)
         _wait_for_others([folders[run.name] for run in missing])
         missing.sort(key=lambda run: -run.flops)  # the longest first: the processes then end together
         slots, cores = _slots(missing, machine)
@@ -210,12 +212,15 @@ def _write_failures(pool: Pool, runs: Mapping[str, Run], folders: Mapping[str, e
             outcome.write(folders[name], outcome.Outcome(runs[name].fingerprint, "failed", state.reason))
 
 
-def _share_data(runs: Sequence[Run]) -> None:
+def _share_data(runs: Sequence[Run], directory: epath.Path) -> None:
     """Makes tokenizers and tokens once for all runs, before any of them asks for it.
 
     Raises:
-      UserError: a run asks for more passes over its text than it may.
+      UserError: a run asks for more passes over its text than it may; the text is another one than when runs of this
+        sweep were started before.
     """
+    from lm_jax import paths
+    from lm_jax.config import to_dict
     from lm_jax.data.pipeline import prepare
 
     made: dict[Any, Prepared] = {}
@@ -228,6 +233,17 @@ def _share_data(runs: Sequence[Run]) -> None:
             made[key].check_epochs(train.total_steps * train.batch_size)
         except UserError as e:
             raise UserError(f"run {run.name}: {e}") from e
+    now = {json.dumps(to_dict(config), sort_keys=True): prepared.data for (config, _), prepared in made.items()}
+    file = directory / _TEXTS
+    before: dict[str, str] = json.loads(paths.read_text(file)) if file.exists() else {}
+    for config, _ in made:
+        text = json.dumps(to_dict(config), sort_keys=True)
+        if before.get(text, now[text]) != now[text]:
+            raise UserError(
+                f"data.source {config.source!r} is not the text that earlier runs in {directory} were trained on\n"
+                "give another --workdir: losses on different texts cannot be compared"
+            )
+    paths.write_text_atomic(file, json.dumps(before | now, indent=1) + "\n")
 
 
 def _job(run: Run, folder: epath.Path, file: cli.ConfigFile) -> Job:

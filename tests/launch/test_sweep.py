@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from launch import cli, sweep
+from lm_jax.config import build
+from lm_jax.errors import UserError
 from lm_jax.paths import lock, run_path
 from lm_jax.scaling.sweep import Run
 from lm_jax.training.metrics import read_metrics
 from lm_jax.training.run import RunConfig
+from tests.support import small_run
 from tests.support.processes import ROOT, environment, run_module
 from tests.support.small_run import write_text
 
@@ -153,6 +156,17 @@ def test_processes_take_the_gpus_that_the_sweep_was_given(monkeypatch: pytest.Mo
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     slots, _ = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"))
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
+
+
+def test_another_text_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    config = small_run.get_config()
+    config.data.source = str(write_text(tmp_path / "text"))
+    run, directory = Run("a", {}, {}, build(RunConfig, config)), run_path(tmp_path)
+    sweep._share_data([run], directory)
+    sweep._share_data([run], directory)
+    write_text(tmp_path / "text", seed=1)
+    with pytest.raises(UserError, match="is not the text that earlier runs"):
+        sweep._share_data([run], directory)
 
 
 def test_dry_run_lists_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
