@@ -41,6 +41,7 @@ class Outcome:
       seconds: of the whole run in the process that ended it, compiling included.
       memory_bytes: that a step needs on each device, by estimate.
       bad_steps: whose loss or gradient was not finite.
+      vocab: ids of its model, which may be the tokenizer's.
     """
 
     fingerprint: str
@@ -57,6 +58,7 @@ class Outcome:
     seconds: float = 0.0
     memory_bytes: int | None = None
     bad_steps: int = 0
+    vocab: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -99,6 +101,7 @@ def finished(fingerprint: str, directory: epath.Path, *, seconds: float, memory_
         seconds=seconds,
         memory_bytes=memory_bytes,
         bad_steps=len(history.bad_tokens),
+        vocab=config.model.vocab,
     )
 
 

@@ -44,7 +44,7 @@ class Runs:
 
     @property
     def configs(self) -> list[RunConfig]:
-        return [e.run.config.with_likely_vocab() for e in self.ended]
+        return [e.config for e in self.ended]
 
 
 def analyse(ended: Sequence[Ended], folder: Callable[[str], epath.Path], flops: float | None, source: str) -> Analysis:

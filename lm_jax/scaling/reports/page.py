@@ -20,6 +20,7 @@ from lm_jax import paths
 from lm_jax.scaling.outcome import Outcome
 from lm_jax.scaling.sweep import Run
 from lm_jax.training.report import git_commit, versions
+from lm_jax.training.run import RunConfig
 from lm_jax.training.terminal import count, duration
 
 
@@ -78,6 +79,13 @@ class Ended:
         loss = self.outcome.loss if self.outcome.loss is not None else self.outcome.train_loss
         assert loss is not None  # see `usable`
         return loss
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's, with its vocabulary."""
+        if self.outcome.vocab is None:
+            return self.run.config.with_likely_vocab()
+        return self.run.config.with_vocab(self.outcome.vocab)
 
     def label(self, word: str) -> str:
         return self.run.labels.get(word, "")
