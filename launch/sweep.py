@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from launch import cli
+from launch import cli, runtime
 from lm_jax.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         _share_data(missing, directory)
         _wait_for_others([folders[run.name] for run in missing])
         missing.sort(key=lambda run: -run.flops)  # the longest first: the processes then end together
-        slots, cores = _slots(missing, machine)
+        slots, cores = _slots(missing, machine, whole=len(runs))
         pool = Pool(python("launch.worker"), [_job(r, folders[r.name], file) for r in missing], slots, cores)
         live = Live({r.name: r for r in missing}, folders, pool, done=len(runs) - len(missing))
         _work(pool, live)
@@ -304,12 +304,18 @@ def _machine(chosen: str) -> Machine:
     return Machine(platform, 1 if platform == "cpu" else int(devices), kind)
 
 
-def _slots(runs: Sequence[Run], machine: Machine) -> tuple[list[dict[str, str]], list[list[int] | None]]:
-    """The processes that work at a time: what each adds to the environment, and its cores."""
+def _slots(runs: Sequence[Run], machine: Machine, *, whole: int) -> tuple[list[dict[str, str]], list[list[int] | None]]:
+    """The processes that work at a time: what each adds to the environment, and its cores.
+
+    Args:
+      runs: that are left.
+      machine: that they run on.
+      whole: how many runs the sweep has. The last one left on several GPUs still gets one, as the others did.
+    """
     if machine.platform == "gpu":
         alone = all(run.config.mesh.devices <= 1 for run in runs)  # negative where the mesh leaves an axis open
-        wanted = min(JOBS.value or machine.devices, machine.devices, len(runs)) if alone else 1
-        if wanted > 1:
+        if alone and min(JOBS.value or machine.devices, machine.devices, whole) > 1:
+            wanted = min(JOBS.value or machine.devices, machine.devices, len(runs))
             given = os.environ.get("CUDA_VISIBLE_DEVICES")  # those that this sweep may use; not all, or not the first
             names = given.split(",") if given else [str(i) for i in range(wanted)]
             return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:wanted]], [None] * wanted
@@ -357,4 +363,5 @@ def _speed(outcomes: Mapping[str, Outcome], machine: Machine) -> float:
 
 
 if __name__ == "__main__":
+    runtime.exit_on_signals()
     cli.run(main, FLAGS, config=True, file=True)

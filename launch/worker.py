@@ -101,13 +101,14 @@ def _train(job: Mapping[str, Any], directory: epath.Path, started: bool) -> str:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs, many times
     config = fitted(config)
     outcome.begin(directory, job["fingerprint"])
-    code = train(config, directory, objective, job["command"])
-    if code != FINISHED:
-        return "saved"
+    try:
+        if train(config, directory, objective, job["command"]) != FINISHED:
+            return "saved"
+    finally:
+        jax.clear_caches()  # the next run is of other shapes
     memory = need(config.with_likely_vocab(), jax.device_count())["total"]
     seconds = time.perf_counter() - began
     ended = outcome.finished(job["fingerprint"], directory, seconds=seconds, memory_bytes=memory)
-    jax.clear_caches()  # the next run is of other shapes
     if not ended.finished:
         raise Failure(ended.reason)
     outcome.write(directory, ended)

@@ -135,7 +135,9 @@ class Sweep:
         for c, point in itertools.product(flops, points):
             config = build(RunConfig, self.at(point)).with_likely_vocab()
             tokens = c / costs.flops_per_token(config.model, config.train.length)
-            steps = max(1, round(tokens / config.train.tokens_per_step))
+            steps = round(tokens / config.train.tokens_per_step)
+            if not steps:
+                raise UserError(f"sweep: a budget of {c:g} FLOPs is less than one step of {_name(point)}")
             more = Point({"train.tokens": steps * config.train.tokens_per_step}, {"budget": written(float(c))})
             spent.append(point.and_then(more))
         return spent

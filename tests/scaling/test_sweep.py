@@ -94,6 +94,7 @@ def test_the_declared_config_stays_as_it_was() -> None:
         (lambda s: s.each("optimizer.learning_rate", ("fast",)), "'fast' is not a number"),
         (lambda s: s.each("model.heads", (7,)), "run heads=7: model.heads"),
         (lambda s: s.zip(s.seeds(2), s.seeds(3)), "2 and 3 points"),
+        (lambda s: s.budget([1e3], s.seeds(1)), "less than one step of seed=0"),
         (lambda s: [], "declares no runs"),
         (lambda s: [{"train.seed": 1}], "no list of points"),
         (lambda s: s.chain(s.change("a", {"train.seed": 1}), s.change("a", {"train.seed": 2})), "two different runs"),

@@ -181,17 +181,8 @@ def _extrapolation(held: HoldOut | str, budgets: IsoFlop | str) -> Section:
 
 def _curves(runs: Runs, folder: Callable[[str], epath.Path]) -> list[Section]:
     """Approach 1, from the runs' training losses."""
-    read = []
-    for e, config in zip(runs.ended, runs.configs, strict=True):
-        history = History(read_metrics(folder(e.run.name) / FILE))
-        smooth = max(1, round(_SMOOTH * len(history.losses)))
-        losses = np.convolve(np.array(history.losses), np.ones(smooth) / smooth, "valid")
-        tokens = np.array(history.tokens)[smooth - 1 :]
-        keep = np.unique(np.linspace(len(tokens) // 10, len(tokens) - 1, _CURVE_POINTS).astype(int))
-        flops = tokens[keep] * costs.flops_per_token(config.model, config.train.length)
-        size = float(e.outcome.parameters[COUNTED])
-        read.append(Curve(e.run.name, size, flops, losses[keep], tokens[keep]))
-    found = _attempt(envelope, read)
+    read = _attempt(_read_curves, runs, folder)
+    found = read if isinstance(read, str) else _attempt(envelope, read)
     if isinstance(found, str):
         return [Section("Training curves", [f"Approach 1: {found}"])]
     text = [
@@ -203,6 +194,20 @@ def _curves(runs: Runs, folder: Callable[[str], epath.Path]) -> list[Section]:
     ]
     drawn = pictures.curves(found, [(np.asarray(c.flops), np.asarray(c.losses), c.parameters) for c in read])
     return [Section("Training curves", text, [Picture("curves.png", "Training curves and their lower edge", drawn)])]
+
+
+def _read_curves(runs: Runs, folder: Callable[[str], epath.Path]) -> list[Curve]:
+    read = []
+    for e, config in zip(runs.ended, runs.configs, strict=True):
+        history = History(read_metrics(folder(e.run.name) / FILE))
+        smooth = max(1, round(_SMOOTH * len(history.losses)))
+        losses = np.convolve(np.array(history.losses), np.ones(smooth) / smooth, "valid")
+        tokens = np.array(history.tokens)[smooth - 1 :]
+        keep = np.unique(np.linspace(len(tokens) // 10, len(tokens) - 1, _CURVE_POINTS).astype(int))
+        flops = tokens[keep] * costs.flops_per_token(config.model, config.train.length)
+        size = float(e.outcome.parameters[COUNTED])
+        read.append(Curve(e.run.name, size, flops, losses[keep], tokens[keep]))
+    return read
 
 
 def _countings(runs: Runs) -> Section:
