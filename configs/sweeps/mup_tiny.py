@@ -15,7 +15,7 @@ REPORT = "rates"
 
 def get_config() -> ConfigDict:
     config = small()
-    config.train.steps = 200
+    config.train.steps = 120
     config.train.length = 64
     config.evaluation.batches = 128
     return config
