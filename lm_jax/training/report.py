@@ -279,11 +279,15 @@ class Report:
         self._directory, self._config, self._command, self._facts = directory, config, command, dict(facts or {})
         self._versions = versions()
         self._drawn = -math.inf
+        self._known = (0, 0)  # records in the last picture
         self._pictured = False
 
     def update(self, history: History, state: str = "running", *, final: bool = False) -> None:
-        """Writes the report, and draws the picture where the last one is a minute old or this is the `final` one."""
-        if len(history.steps) > 1 and (final or time.monotonic() - self._drawn >= _DRAW_SECONDS):
+        """Writes the report, and draws the picture where the last one is a minute old, or older than the records and
+        this is the `final` one."""
+        known = (len(history.steps), len(history.evaluations))
+        if known[0] > 1 and known != self._known and (final or time.monotonic() - self._drawn >= _DRAW_SECONDS):
+            self._known = known
             paths.write_bytes_atomic(self._directory / "loss.png", draw_loss(history, self._directory.name))
             self._drawn, self._pictured = time.monotonic(), True
         paths.write_text_atomic(self._directory / "report.md", self.text(history, state))
