@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
 
 def sweep(s: Sweep) -> Points:
     profiles = s.chain(
-        s.budget([6e11], widths(s, (24, 32, 40, 48, 56))),
+        s.budget([3e11], widths(s, (16, 24, 32, 40, 48))),
+        s.budget([6e11], widths(s, (24, 32, 40, 48, 64))),
         s.budget([1.2e12], widths(s, (32, 40, 48, 64, 80))),
-        s.budget([2.4e12], widths(s, (40, 48, 56, 72, 88))),
-        s.budget([6e12], widths(s, (48, 64, 80, 96, 112))),
+        s.budget([3e12], widths(s, (40, 48, 64, 80, 96))),
     )
     return in_proportion(s, profiles)

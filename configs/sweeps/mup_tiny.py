@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
 
 
 def sweep(s: Sweep) -> Points:
-    standard = {"model.base_embed": None}
+    standard = {"model.base_embed": None, "model.base_head_dim": None}
     kinds = s.conditional(
         s.each("model.parametrization", ("standard", "mup")),
         lambda c: standard if c.model.parametrization == "standard" else None,
     )
-    rates = s.each("optimizer.learning_rate", [2.0 ** (-k / 2) for k in range(11, 20)])  # a factor of 1.41 apart
+    rates = s.each("optimizer.learning_rate", [2.0 ** (-k / 2) for k in range(12, 20)])  # a factor of 1.41 apart
     return in_proportion(s, s.product(kinds, widths(s, (64, 256)), rates, s.seeds(3)))
