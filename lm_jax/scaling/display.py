@@ -16,16 +16,16 @@ from lm_jax.paths import is_local
 from lm_jax.scaling.pool import Pool
 from lm_jax.scaling.sweep import Run
 from lm_jax.training.metrics import FILE
-from lm_jax.training.terminal import count, duration
+from lm_jax.training.terminal import columns, count, duration
 
 _TAIL = 4096  # bytes of a run's records that hold its last step
 _PLAIN_SECONDS = 60.0
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text in columns: the first to the left, the others to the right."""
-    cells = [list(columns), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    cells = [list(titles), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
@@ -155,12 +155,9 @@ class Live:
         self._write(text + "\n")
 
     def _draw(self, lines: Sequence[str]) -> None:
-        try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns or 80
-        except OSError:
-            return  # as below
+        width = columns(self._stream) - 1  # a line that wraps could not be erased
         self._erase()
-        self._write("".join(line[: columns - 1] + "\n" for line in lines))
+        self._write("".join(line[:width] + "\n" for line in lines))
         self._lines = len(lines)
 
     def _erase(self) -> None:

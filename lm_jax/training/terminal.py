@@ -49,7 +49,7 @@ def _is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def _columns(stream: TextIO) -> int:
+def columns(stream: TextIO) -> int:
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):
@@ -157,7 +157,7 @@ class Progress:
             self._write("\n")
 
     def _draw(self, text: str) -> None:
-        self._line = text[: _columns(self._stream) - 1]  # a line that wraps could not be erased
+        self._line = text[: columns(self._stream) - 1]  # a line that wraps could not be erased
         self._write(f"\r\x1b[K{self._line}")
 
     def _write(self, text: str) -> None:

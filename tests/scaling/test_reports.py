@@ -20,9 +20,11 @@ from launch.fit import read_table
 from lm_jax import costs
 from lm_jax.config import build, to_dict
 from lm_jax.errors import UserError
+from lm_jax.models.transformer import TransformerConfig
 from lm_jax.paths import run_path
 from lm_jax.scaling.outcome import Outcome, finished, read, write
 from lm_jax.scaling.reports import ablations, make, page, rates
+from lm_jax.scaling.reports.next_config import family
 from lm_jax.scaling.sweep import Run, plan
 from lm_jax.training.run import RunConfig
 
@@ -106,18 +108,18 @@ def test_the_page_stands_alone_and_names_every_run(
 def test_the_next_config_is_the_law_s_optimum_and_loads(written: tuple[Path, list[str]]) -> None:
     config = build(RunConfig, load(str(written[0] / "next.py")))
     model, train = config.model, config.train
-    budget = 6e13
+    budget = 3e13
     tokens = train.total_steps * train.tokens_per_step
     assert abs(costs.training_flops(model, train.length, tokens) / budget - 1) < 0.01
 
-    def loss(heads: int) -> float:
-        other = dataclasses.replace(model, embed=16 * heads, heads=heads, kv_heads=heads, feed_forward_dim=64 * heads)
+    def loss(pairs: int) -> float:
+        other = dataclasses.replace(model, embed=8 * pairs, head_dim=2 * pairs, feed_forward_dim=32 * pairs)
         D = budget / costs.flops_per_token(other, train.length)
         return law(costs.parameters(other)["without_embedding"], D)
 
     best = min(range(1, 200), key=loss)
-    assert abs(model.heads - best) <= 2  # of the true law; the fitted one is a little off
-    assert model.parametrization == "mup" and model.head_size == 16 and model.layers == 2
+    assert abs(model.embed / 8 - best) <= 2  # of the true law; the fitted one is a little off
+    assert model.parametrization == "mup" and model.heads == 4 and model.layers == 2
     assert config.optimizer.warmup_steps == pytest.approx(train.total_steps / 10, rel=0.01)
 
 
@@ -139,6 +141,28 @@ def test_runs_that_identify_no_law_are_shown_without_one(
     )
     assert any(line.startswith("no analysis: ") for line in summary)
     assert few[1].name in Path(file).read_text()
+
+
+def test_families_go_on_as_they_grew() -> None:
+    def model(embed: int, layers: int, heads: int, **more: int) -> RunConfig:
+        c = TransformerConfig(embed=embed, layers=layers, heads=heads, vocab=257, **more)
+        return RunConfig(model=c)
+
+    more_heads = family([model(64, 4, 4, kv_heads=2), model(128, 8, 8, kv_heads=4)])
+    assert [(m.embed, m.layers, m.heads, m.key_heads, m.head_size) for m in more_heads[:5]] == [
+        (64, 4, 4, 2, 16),
+        (96, 6, 6, 3, 16),
+        (128, 8, 8, 4, 16),
+        (160, 10, 10, 5, 16),
+        (192, 12, 12, 6, 16),
+    ]
+    assert {m.inner for m in more_heads if m.embed == 192} == {512}  # the kind's usual width
+    wider = family([model(32, 2, 4, feed_forward_dim=128), model(64, 2, 4, feed_forward_dim=256)])
+    assert [(m.embed, m.heads, m.head_size, m.inner) for m in wider[:3]] == [
+        (32, 4, 8, 128),
+        (40, 4, 10, 160),
+        (48, 4, 12, 192),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- ablations

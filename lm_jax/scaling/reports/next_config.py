@@ -42,27 +42,29 @@ class Next:
 
 
 def family(configs: Sequence[RunConfig]) -> list[TransformerConfig]:
-    """Models that go on as those of a sweep grow: widths in steps of a head, depth along the trend of theirs."""
+    """Models that go on as those of a sweep grow: depth along the trend of theirs; heads of the same width that become
+    more, or, where all of theirs have as many, heads that become wider."""
     known = {c.model.embed: c.model for c in configs}
     widest = known[max(known)]
     x = np.log(np.array(list(known), float))
     y = np.log(np.array([model.layers for model in known.values()], float))
     slope = float(np.polyfit(x, y, 1)[0]) if len(known) > 1 and np.ptp(y) > 0 else 0.0
+    wider = len({m.heads for m in known.values()}) == 1 and len({m.head_size for m in known.values()}) > 1
+    group = widest.heads // widest.key_heads
+    step = 2 * widest.heads if wider else group * widest.head_size  # 2: rotary positions turn pairs
+    usual = FEED_FORWARDS[widest.feed_forward].default_dim
     models = []
-    for heads in range(max(1, min(known) // widest.head_size), _WIDEST * widest.heads + 1):
-        embed = heads * widest.head_size
-        if heads % (widest.heads // widest.key_heads):
-            continue
-        layers = max(1, round(widest.layers * (embed / widest.embed) ** slope))
-        usual = FEED_FORWARDS[widest.feed_forward].default_dim
+    for embed in range(max(1, min(known) // step) * step, _WIDEST * widest.embed + 1, step):
+        heads = widest.heads if wider else embed // widest.head_size
         inner = None if widest.inner == usual(widest.embed) else round(widest.inner * embed / widest.embed)
         models.append(
             dataclasses.replace(
                 widest,
                 embed=embed,
-                layers=layers,
+                layers=max(1, round(widest.layers * (embed / widest.embed) ** slope)),
                 heads=heads,
-                kv_heads=heads * widest.key_heads // widest.heads,
+                kv_heads=heads // group,
+                head_dim=embed // heads if wider else widest.head_size,
                 feed_forward_dim=inner,
             )
         )
