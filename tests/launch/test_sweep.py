@@ -151,11 +151,13 @@ def test_processes_take_the_gpus_that_the_sweep_was_given(monkeypatch: pytest.Mo
     run = Run("a", {}, {}, RunConfig())
     sweep.FLAGS(["sweep"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    slots, cores = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"))
+    slots, cores = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"), whole=5)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "3"] and cores == [None, None]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    slots, _ = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"))
+    slots, _ = sweep._slots([run] * 5, sweep.Machine("gpu", 2, "a GPU"), whole=5)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
+    slots, _ = sweep._slots([run], sweep.Machine("gpu", 2, "a GPU"), whole=5)  # the last one left
+    assert slots == [{"CUDA_VISIBLE_DEVICES": "0"}]
 
 
 def test_another_text_under_the_same_name_is_refused(tmp_path: Path) -> None:
