@@ -46,7 +46,6 @@ NEXT_FLOPS = flags.DEFINE_float(
     "next_flops", None, "training FLOPs of the next config; None: ten times the largest budget", flag_values=FLAGS
 )
 
-STOPPED = 75
 _ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
 _TEXTS = "texts.json"  # fingerprints of the tokens that the sweep's runs read, by data config
 _OTHERS_SECONDS = 90.0  # how long a process that lost its sweep may take to save its run
@@ -117,7 +116,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
         left = sum(state.status not in ("finished", "failed") for state in pool.states.values())
         if left:
             print(f"stopped with {left} of {len(runs)} runs to go: the same command goes on", file=sys.stderr)
-            return STOPPED
+            return runtime.NOT_FINISHED
         outcomes = _collect(runs, folders)
     made, summary = report.write(
         directory,

@@ -1,13 +1,14 @@
 """What the shipped sweeps have in common: small models of bytes, a family in which the width alone grows.
 
-Two layers, four heads that grow with the width (models this small lose by fewer), squared ReLU of four times the width,
-normalised queries and keys. muP, with the width of 64 as its base, so that one learning rate serves all widths. Rows of
-128 bytes of the source text of Python's own standard library, which is on every machine that runs this.
+Two layers, four heads that grow with the width (models this small lose by fewer; widths are multiples of 8, so that a
+head's is even), squared ReLU of four times the width, normalised queries and keys. muP, with the width of 64 as its
+base, so that one learning rate serves all widths. Rows of 128 bytes of the source text of Python's own standard
+library, which is on every machine that runs this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -32,11 +33,6 @@ def small() -> ConfigDict:
     config.evaluation.batches = 256
     config.evaluation.prompt = None
     return config
-
-
-def widths(s: Sweep, values: Sequence[int]) -> Points:
-    """Models of these widths, all of them multiples of 8, so that heads are of an even width."""
-    return s.each("model.embed", values)
 
 
 def in_proportion(s: Sweep, points: Points) -> Points:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.sweeps.base import in_proportion, small, widths
+from configs.sweeps.base import in_proportion, small
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "law"
@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
 
 def sweep(s: Sweep) -> Points:
     profiles = s.chain(
-        s.budget([3e11], widths(s, (16, 24, 32, 40, 48))),
-        s.budget([6e11], widths(s, (24, 32, 40, 48, 64))),
-        s.budget([1.2e12], widths(s, (32, 40, 48, 64, 80))),
-        s.budget([3e12], widths(s, (40, 48, 64, 80, 96))),
+        s.budget([3e11], s.each("model.embed", (16, 24, 32, 40, 48))),
+        s.budget([6e11], s.each("model.embed", (24, 32, 40, 48, 64))),
+        s.budget([1.2e12], s.each("model.embed", (32, 40, 48, 64, 80))),
+        s.budget([3e12], s.each("model.embed", (40, 48, 64, 80, 96))),
     )
     return in_proportion(s, profiles)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.sweeps.base import in_proportion, small, widths
+from configs.sweeps.base import in_proportion, small
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "rates"
@@ -28,4 +28,4 @@ def sweep(s: Sweep) -> Points:
         lambda c: standard if c.model.parametrization == "standard" else None,
     )
     rates = s.each("optimizer.learning_rate", [2.0 ** (-k / 2) for k in range(12, 20)])  # a factor of 1.41 apart
-    return in_proportion(s, s.product(kinds, widths(s, (64, 256)), rates, s.seeds(3)))
+    return in_proportion(s, s.product(kinds, s.each("model.embed", (64, 256)), rates, s.seeds(3)))

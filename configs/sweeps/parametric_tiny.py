@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.sweeps.base import in_proportion, small, widths
+from configs.sweeps.base import in_proportion, small
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "law"
@@ -23,4 +23,4 @@ def sweep(s: Sweep) -> Points:
         weights = 12 * model.layers * model.embed**2  # of the blocks
         return s.each("train.tokens", [ratio * weights for ratio in (5, 10, 20, 40, 80)])
 
-    return in_proportion(s, s.conditional(widths(s, (16, 24, 32, 40, 48, 56)), lengths))
+    return in_proportion(s, s.conditional(s.each("model.embed", (16, 24, 32, 40, 48, 56)), lengths))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.sweeps.base import in_proportion, small, widths
+from configs.sweeps.base import in_proportion, small
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "rates"
@@ -22,4 +22,6 @@ def get_config() -> ConfigDict:
 
 def sweep(s: Sweep) -> Points:
     rates = s.each("optimizer.learning_rate", [2.0**-k for k in (9, 8, 7, 6, 5)])
-    return in_proportion(s, s.product(widths(s, (32, 64)), s.each("train.batch_size", (4, 8, 16, 32)), rates))
+    return in_proportion(
+        s, s.product(s.each("model.embed", (32, 64)), s.each("train.batch_size", (4, 8, 16, 32)), rates)
+    )

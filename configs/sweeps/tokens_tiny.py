@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.sweeps.base import in_proportion, small, widths
+from configs.sweeps.base import in_proportion, small
 from lm_jax.scaling.sweep import Points, Sweep
 
 REPORT = "law"
@@ -20,4 +20,4 @@ def get_config() -> ConfigDict:
 
 def sweep(s: Sweep) -> Points:
     lengths = s.each("train.tokens", (500_000, 1_000_000, 2_000_000, 4_000_000))
-    return in_proportion(s, s.product(widths(s, (16, 24, 32, 48, 64, 80)), lengths))
+    return in_proportion(s, s.product(s.each("model.embed", (16, 24, 32, 48, 64, 80)), lengths))
