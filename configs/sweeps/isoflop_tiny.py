@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
 
 def sweep(s: Sweep) -> Points:
     profiles = s.chain(
-        s.budget([3e11], s.each("model.embed", (16, 24, 32, 40, 48))),
         s.budget([6e11], s.each("model.embed", (24, 32, 40, 48, 64))),
         s.budget([1.2e12], s.each("model.embed", (32, 40, 48, 64, 80))),
-        s.budget([3e12], s.each("model.embed", (40, 48, 64, 80, 96))),
+        s.budget([2.4e12], s.each("model.embed", (40, 48, 64, 80, 96))),
+        s.budget([6e12], s.each("model.embed", (48, 64, 80, 96, 128))),
     )
     return in_proportion(s, profiles)
