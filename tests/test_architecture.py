@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room imports rooms of lower floors and of its own, and rooms never import in a circle.
 FLOORS = (
     {"errors"},
-    {"params", "config", "paths", "hlo"},
+    {"params", "config", "paths", "hlo", "slices"},
     {"sharding", "kernels"},
     {"models", "data"},
     {"costs", "collectives", "objectives", "generation"},
