@@ -331,8 +331,8 @@ def _slots(runs: Sequence[Run], machine: Machine, *, whole: int) -> tuple[list[d
 
 def _fitting(runs: Sequence[Run]) -> int:
     """How many runs this machine's memory holds at a time."""
-    from launch.memory import need
     from lm_jax.costs import host_memory
+    from lm_jax.training.memory import need
 
     available = host_memory()
     if available is None:

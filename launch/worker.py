@@ -98,11 +98,12 @@ def _train(job: Mapping[str, Any], directory: epath.Path, started: bool) -> str:
     began = time.perf_counter()
     import jax
 
-    from launch.memory import fitted, need
+    from launch.memory import fitted
     from launch.train import objective
     from lm_jax.config import build
     from lm_jax.scaling import outcome
     from lm_jax.training.loop import FINISHED, train
+    from lm_jax.training.memory import need
     from lm_jax.training.run import RunConfig
 
     config = build(RunConfig, job["config"])

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
@@ -71,10 +71,14 @@ def flops_per_token(c: TransformerConfig, length: int, *, causal: bool = True) -
     weights = sum(math.prod(s.shape) for s in specs if role(s) in ("matrix", "head"))
     if c.tied:
         weights += c.ids * c.embed
+    return 3.0 * (2 * weights + attention_flops(c, length, causal=causal))
+
+
+def attention_flops(c: TransformerConfig, length: int, *, causal: bool = True) -> float:
+    """Of these, those of one forward pass's scores and values. Args: as of `flops_per_token`."""
     w = min(c.window or length, length)
     seen = (w * (w + 1) / 2 + (length - w) * w) / length if causal else length
-    attention = c.layers * 2 * 2 * c.heads * c.head_size * seen
-    return 3.0 * (2 * weights + attention)
+    return c.layers * 2 * 2 * c.heads * c.head_size * seen
 
 
 def training_flops(c: TransformerConfig, length: int, tokens: int) -> float:
@@ -129,14 +133,19 @@ def peak_flops(device_kind: str, dtype: Any = jnp.bfloat16) -> float | None:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+def abstract_mesh(config: MeshConfig, devices: int, device: AbstractDevice | None = None) -> AbstractMesh:
     """The mesh of a config over so many devices that need not be there.
+
+    Args:
+      config: the mesh's.
+      devices: how many it has.
+      device: what they are; None: as those of the default backend.
 
     Raises:
       ConfigError: where the axes do not take exactly so many.
     """
     sizes = tuple(config.sizes(devices).values())
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
 
 
 def memory(
@@ -176,7 +185,7 @@ def memory(
     weights = tree_bytes(abstract(specs, mesh, drop=config.weights_drop))
     gradients = weights if config.zero != 2 else tree_bytes(abstract(specs, mesh))
     shape = (batch_size // microbatches, length)
-    if not c.scan and jax.default_backend() == "cpu":
+    if not c.scan and (mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()) == "cpu":
         remat = "none"  # outside of a scan XLA for CPU finds that it is told to compute the same twice, and does not
     with jax.sharding.use_abstract_mesh(mesh):
         kept = _kept(c, mesh, shape, remat, config.layout)
@@ -186,13 +195,19 @@ def memory(
         output = _output(c, mesh, shape)
         # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
         optimizer = tree_bytes(state, host=platform() == "cpu") - weights
+        # The output's gradient is summed over chunks whole, and split over fsdp when the backward pass is over; weights
+        # are cast to the dtype of compute once, before the loops over layers.
+        output_whole = 4 * c.ids * c.embed // mesh.shape["tensor"]
+        gradients *= 1 if microbatches == 1 else 2
+        gradients += output_whole - output_whole // mesh.shape["fsdp"]
+        cast = weights * np.dtype(c.compute_dtype).itemsize // 4 if np.dtype(c.compute_dtype).itemsize < 4 else 0
     visiting = tree_bytes(state, host=True) - weights - optimizer
     need = {
         "parameters": weights,
-        "gradients": gradients * (1 if microbatches == 1 else 2),
+        "gradients": gradients,
         "optimizer": optimizer,
         "activations": kept,
-        "working": max(working, output, visiting - kept),
+        "working": cast + max(working, output, visiting - kept),
     }
     return need | {"total": sum(need.values())}
 
@@ -359,6 +374,7 @@ def suggest(
     remat: str,
     microbatches: int,
     slices: int = 1,
+    device: AbstractDevice | None = None,
 ) -> dict[str, Any] | None:
     """The nearest setting of the same model and batch that fits, as the config's keys to change; None where none does.
 
@@ -373,9 +389,10 @@ def suggest(
       available: bytes on each device.
       batch_size, length, remat, microbatches: as of `memory`.
       slices: which `data` must be a multiple of.
+      device: what the devices are; None: as those of the default backend.
     """
     for mesh_config, mesh_keys in _meshes(config, devices):
-        mesh: Any = abstract_mesh(mesh_config, devices)
+        mesh: Any = abstract_mesh(mesh_config, devices, device)
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
         if batch_size % parts or c.embed % mesh.shape["fsdp"] or mesh.shape["data"] % slices:
             continue

@@ -39,6 +39,8 @@ class Collective(NamedTuple):
       as_all_reduce: whether the text has an all-reduce in its place.
       dtype: of its operand.
       source: JAX's name of the operation that it comes from.
+      loop: the body of the loop it runs in; empty: none.
+      overlaps: whether it runs beside what stands between its start and its end.
     """
 
     kind: str
@@ -48,6 +50,8 @@ class Collective(NamedTuple):
     as_all_reduce: bool
     dtype: str
     source: str
+    loop: str
+    overlaps: bool
 
 
 def measured(text: str, mesh: Mapping[str, int]) -> Traffic:
@@ -70,11 +74,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       ValueError: for a loop whose trip count the text does not tell, where collectives are in it; for groups in a form
         that is not known.
     """
-    program = _parse(text)
+    program = parse(text)
     entry = next(c for c in program.values() if c.entry)
     found = []
     started = {_same(op) for c in program.values() for op in c.ops.values() if op.kind and "Start" in _stages(c, op)}
-    for where, op, times in _walk(program, started, entry, 1):
+    for where, op, times, loop in _walk(program, started, entry, 1, ""):
         groups = _groups(op.attributes, math.prod(mesh.values()))
         axes = _axes(groups, mesh)
         if not axes:
@@ -87,9 +91,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
                 kind = "reduce-scatter"
             elif kind == "all-reduce" and _placed(program, where, name):
                 kind = "all-gather"
-            size = _bytes(where.ops[name].type) * (len(groups[0]) if op.kind == "all-gather" else 1)
+            size = type_bytes(where.ops[name].type) * (len(groups[0]) if op.kind == "all-gather" else 1)
             dtype = where.ops[name].type.partition("[")[0]
-            found.append(Collective(kind, axes, size, times, kind != op.kind, dtype, source[1] if source else ""))
+            overlaps = op.code.endswith("-start") or "Start" in _stages(where, op)
+            name_of = source[1] if source else ""
+            found.append(Collective(kind, axes, size, times, kind != op.kind, dtype, name_of, loop, overlaps))
     return found
 
 
@@ -97,7 +103,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 @dataclasses.dataclass
-class _Op:
+class Op:
     name: str
     type: str
     code: str
@@ -113,10 +119,10 @@ class _Op:
         return "all-to-all" if code == "ragged-all-to-all" else code if code in KINDS else None
 
 
-class _Computation(NamedTuple):
+class Computation(NamedTuple):
     entry: bool
-    ops: dict[str, _Op]
-    users: dict[str, list[_Op]]
+    ops: dict[str, Op]
+    users: dict[str, list[Op]]
 
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -124,13 +130,13 @@ _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
-def _parse(text: str) -> dict[str, _Computation]:
-    program: dict[str, _Computation] = {}
-    here: _Computation | None = None
+def parse(text: str) -> dict[str, Computation]:
+    program: dict[str, Computation] = {}
+    here: Computation | None = None
     for line in text.splitlines():
         if here is None:
             if head := _HEAD.match(line):
-                here = program[head[2]] = _Computation(bool(head[1]), {}, {})
+                here = program[head[2]] = Computation(bool(head[1]), {}, {})
         elif line.startswith("}"):
             here = None
         elif op := _op(line):
@@ -140,7 +146,7 @@ def _parse(text: str) -> dict[str, _Computation]:
     return program
 
 
-def _op(line: str) -> _Op | None:
+def _op(line: str) -> Op | None:
     left, equals, right = line.strip().partition(" = ")
     if not equals:
         return None
@@ -151,7 +157,7 @@ def _op(line: str) -> _Op | None:
     inside = rest[start + 1 : stop]
     name = left.removeprefix("ROOT ").lstrip("%")
     root = left.startswith("ROOT ")
-    return _Op(name, right[:end], rest[:start], _NAME.findall(inside), rest[stop + 1 :], root, inside)
+    return Op(name, right[:end], rest[:start], _NAME.findall(inside), rest[stop + 1 :], root, inside)
 
 
 def _closing(text: str, start: int) -> int:
@@ -164,7 +170,7 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"a parenthesis is never closed: {text[:200]}")
 
 
-def _bytes(type_: str) -> int:
+def type_bytes(type_: str) -> int:
     """Of a type such as `bf16[8,128]{1,0}`, or of a tuple of them."""
     total = 0
     for dtype, dims in _SHAPE.findall(type_):
@@ -177,24 +183,24 @@ def _bytes(type_: str) -> int:
 
 
 def _walk(
-    program: dict[str, _Computation], started: set[str], here: _Computation, times: int
-) -> Iterator[tuple[_Computation, _Op, int]]:
-    """The collectives of a computation and of all that it calls, with how often they run."""
+    program: dict[str, Computation], started: set[str], here: Computation, times: int, loop: str
+) -> Iterator[tuple[Computation, Op, int, str]]:
+    """The collectives of a computation and of all that it calls, with how often they run and in which loop."""
     for op in here.ops.values():
         if op.kind:
             if _counts(started, here, op):
-                yield here, op, times
+                yield here, op, times, loop
         elif op.code == "while":
-            (body,) = _called(op, "body")
-            inside = list(_walk(program, started, program[body], 1))
-            trips = _trips(program, here, op) if inside else 0
-            yield from ((where, inner, n * trips * times) for where, inner, n in inside)
+            (body,) = called(op, "body")
+            inside = list(_walk(program, started, program[body], 1, body))
+            trips = trip_count(program, here, op) if inside else 0
+            yield from ((where, inner, n * trips * times, within) for where, inner, n, within in inside)
         elif not op.code.endswith(("-done", "-update")):  # they name the computation of their start once more
-            for name in _called(op, "calls", "to_apply", "branch_computations"):
-                yield from _walk(program, started, program[name], times)
+            for name in called(op, "calls", "to_apply", "branch_computations"):
+                yield from _walk(program, started, program[name], times, loop)
 
 
-def _called(op: _Op, *keys: str) -> list[str]:
+def called(op: Op, *keys: str) -> list[str]:
     """Computations that an operation names; of a conditional, all branches."""
     found = []
     for key in keys:
@@ -206,7 +212,7 @@ def _called(op: _Op, *keys: str) -> list[str]:
 _ASYNC = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 
 
-def _counts(started: set[str], here: _Computation, op: _Op) -> bool:
+def _counts(started: set[str], here: Computation, op: Op) -> bool:
     """Whether this is where a collective is to be counted.
 
     TPU's asynchronous fusions name one collective several times: in the fusion that starts it (a custom call
@@ -216,7 +222,7 @@ def _counts(started: set[str], here: _Computation, op: _Op) -> bool:
     return "Start" in stages or not (stages or _same(op) in started)
 
 
-def _stages(here: _Computation, op: _Op) -> set[str]:
+def _stages(here: Computation, op: Op) -> set[str]:
     """What becomes of a collective in its computation, if it is asynchronous: `Start` or `Done`."""
     found, stack, seen = set(), [op.name], set()
     while stack:
@@ -229,21 +235,21 @@ def _stages(here: _Computation, op: _Op) -> set[str]:
     return found
 
 
-def _same(op: _Op) -> str:
+def _same(op: Op) -> str:
     """What one collective's several mentions have in common."""
     channel = re.search(r"channel_id=\d+", op.attributes)
     return f"{op.code} {channel[0] if channel else ''} {_SHAPE.findall(op.type)}"
 
 
-def _trips(program: dict[str, _Computation], here: _Computation, loop: _Op) -> int:
+def trip_count(program: dict[str, Computation], here: Computation, loop: Op) -> int:
     """How often a loop runs: as the compiler notes it, or from a condition `i < constant` and where `i` starts."""
     if m := re.search(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)', loop.attributes):
         return int(m[1])
-    (name,) = _called(loop, "condition")
+    (name,) = called(loop, "condition")
     ops = program[name].ops
     root = next(op for op in ops.values() if op.root)
     if root.code == "fusion":  # the comparison alone, wrapped
-        inner = program[_called(root, "calls")[0]].ops
+        inner = program[called(root, "calls")[0]].ops
         parameters = {int(op.inside): op.name for op in inner.values() if op.code == "parameter"}
         given = {parameters[i]: ops[name] for i, name in enumerate(root.operands)}
         root = next(op for op in inner.values() if op.root)
@@ -270,7 +276,7 @@ def _trips(program: dict[str, _Computation], here: _Computation, loop: _Op) -> i
 _KEEPS = ("bitcast", "copy", "convert", "transpose", "reshape", "slice")
 
 
-def _only_sliced(program: dict[str, _Computation], here: _Computation, name: str, part: int | None) -> bool:
+def _only_sliced(program: dict[str, Computation], here: Computation, name: str, part: int | None) -> bool:
     """Whether all that becomes of a value (of one part of a tuple), through changes of form, is that each device cuts
     something out of it."""
     exits: set[int | None] = set()
@@ -278,7 +284,7 @@ def _only_sliced(program: dict[str, _Computation], here: _Computation, name: str
 
 
 def _cut(
-    program: dict[str, _Computation], here: _Computation, name: str, part: int | None, exits: set[int | None]
+    program: dict[str, Computation], here: Computation, name: str, part: int | None, exits: set[int | None]
 ) -> bool:
     """Whether every use of a value in a computation cuts it, or hands it out; at which places of the outcome goes to
     `exits`."""
@@ -295,7 +301,7 @@ def _cut(
             if not _cut(program, here, user.name, part, exits):
                 return False
         elif user.code == "fusion":
-            inner, outcomes = program[_called(user, "calls")[0]], set[int | None]()
+            inner, outcomes = program[called(user, "calls")[0]], set[int | None]()
             numbers = [i for i, operand in enumerate(user.operands) if operand == name]
             parameters = [op.name for op in inner.ops.values() if op.code == "parameter" and int(op.inside) in numbers]
             if not all(_cut(program, inner, parameter, None, outcomes) for parameter in parameters):
@@ -307,7 +313,7 @@ def _cut(
     return True
 
 
-def _placed(program: dict[str, _Computation], here: _Computation, name: str) -> bool:
+def _placed(program: dict[str, Computation], here: Computation, name: str) -> bool:
     """Whether a value is, but for changes of form, an array into which something smaller was put."""
     op = here.ops[name]
     if op.code == "dynamic-update-slice":
@@ -315,7 +321,7 @@ def _placed(program: dict[str, _Computation], here: _Computation, name: str) -> 
     if op.code in ("bitcast", "copy", "convert", "transpose", "reshape", "copy-start", "copy-done"):
         return _placed(program, here, op.operands[0])
     if op.code == "fusion":
-        inner = program[_called(op, "calls")[0]]
+        inner = program[called(op, "calls")[0]]
         return _placed(program, inner, next(o.name for o in inner.ops.values() if o.root))
     return False
 

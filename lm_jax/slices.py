@@ -121,6 +121,7 @@ def slice_of(text: str) -> Slice:
             f"{text}: there is no TPU {name}" + (f": did you mean {near[0]}?" if near else "") + "\n"
             f"there are {', '.join(GENERATIONS)}"
         )
+    wanted: float
     if topology is not None:
         sizes = tuple(int(size) for size in topology.split("x") if size)
         if sizes in _shapes(g):

@@ -24,7 +24,7 @@ FLOORS = (
     {"models", "data"},
     {"costs", "collectives", "objectives", "generation"},
     {"training", "evaluation", "interop"},
-    {"post_training", "scaling"},
+    {"post_training", "preflight", "scaling"},
 )
 # Rooms that know less than their floor allows.
 KNOWS_ONLY = {

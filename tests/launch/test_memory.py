@@ -29,7 +29,7 @@ def need(policy: str) -> int:
 def test_auto_is_the_first_policy_that_fits(policy: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     needs = [need(p) for p in memory.AUTO]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)  # each saves something
-    monkeypatch.setattr(costs, "device_memory", lambda device: int(need(policy) / memory._FILL) + 10)
+    monkeypatch.setattr(costs, "device_memory", lambda device: int(need(policy) / memory.FILL) + 10)
     assert memory.fitted(CONFIG).train.remat == policy
     assert f"auto is {policy}" in capsys.readouterr().err
 

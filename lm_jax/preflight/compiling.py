@@ -1,0 +1,204 @@
+"""Compiles a config's training step for machines that are not here, with their own compiler, in a process of its own.
+
+libtpu has the compiler, and a topology's name stands for the chips. It decides on the program, its schedule and the
+place of every buffer in seconds, and then writes machine code for minutes. Whoever asks what a step needs has the
+answer when the first part is done: the process is ended there, unless it is to show that machine code comes out too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm_jax.errors import Failure, UserError
+from lm_jax.preflight.buffers import Dump
+from lm_jax.training.run import RunConfig
+
+# What libtpu is not to ask the network or other processes for.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_LAST = "after_optimizations_after_buffer_assignment.txt"  # the compiler writes it behind all others that are read
+_POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step.
+
+    Attributes:
+      dump: its plan of memory and the program.
+      coordinates: of each device, in the mesh's order: slice, place in the torus, core of the chip.
+      kind: the device's, as JAX calls it.
+      refused: the compiler's words, where it found that the step does not fit; None where it does.
+      code_bytes: of machine code, where it was written.
+      seconds: that tracing and compiling took.
+    """
+
+    dump: Dump
+    coordinates: list[list[int]]
+    kind: str
+    refused: str | None
+    code_bytes: int | None
+    seconds: float
+
+
+def compile_step(
+    config: RunConfig,
+    topology: str,
+    *,
+    slices: int = 1,
+    machine_code: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Compiled:
+    """Compiles the training step of a config whose vocabulary is known.
+
+    Args:
+      config: the run's.
+      topology: such as `v5e:4x4`.
+      slices: of that topology, joined by a network.
+      machine_code: whether to go on until machine code is written.
+      tell: is handed what is going on, for a person.
+
+    Raises:
+      UserError: where libtpu is missing, or does not know the topology; where the step does not compile for another
+        reason than memory.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="preflight") as name:
+        folder = Path(name)
+        (folder / "job").write_bytes(pickle.dumps((config, topology, slices)))
+        command = [sys.executable, "-m", "lm_jax.preflight.compiling", str(folder)]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env={**os.environ, **_ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            _wait(process, folder, machine_code, started, tell)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return _result(folder, time.monotonic() - started)
+
+
+def _wait(
+    process: subprocess.Popen, folder: Path, machine_code: bool, started: float, tell: Callable[[str], None]
+) -> None:
+    """Returns when what is wanted is in the folder, or the process has ended."""
+    told = 0.0
+    while process.poll() is None:
+        if not machine_code and _planned(folder):
+            return
+        now = time.monotonic()
+        if now - told > 1:
+            told = now
+            doing = "compiling" if (folder / "devices").exists() else "tracing"
+            tell(f"{doing} ({now - started:.0f} s)")
+        time.sleep(_POLL_SECONDS)
+
+
+def _planned(folder: Path) -> bool:
+    """Whether the compiler has written its plan, to the last line."""
+    for file in folder.glob(f"dump/*.{_LAST}"):
+        with file.open("rb") as f:
+            f.seek(max(0, file.stat().st_size - 8))
+            return f.read().endswith(b"}\n\n") or f.read().endswith(b"}\n")
+    return False
+
+
+def _result(folder: Path, seconds: float) -> Compiled:
+    outcome: dict[str, Any] = {}
+    if (folder / "outcome").exists():
+        outcome = json.loads((folder / "outcome").read_text())
+    refused = outcome.get("refused")
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    texts = {
+        key: next(iter(sorted(folder.glob(f"dump/*after_optimizations{ending}.txt"))), None)
+        for key, ending in (("assignment", "-buffer-assignment"), ("ranges", "-live-range"), ("program", ""))
+    }
+    if None in texts.values():
+        if refused:
+            raise UserError(f"the compiler gives no plan of memory: {refused}")
+        last = (folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
+        raise Failure("the compiler ended without a word:\n" + "\n".join(last))
+    devices = json.loads((folder / "devices").read_text())
+    dump = Dump(**{key: file.read_text() for key, file in texts.items() if file})
+    return Compiled(dump, devices["coordinates"], devices["kind"], refused, outcome.get("code_bytes"), seconds)
+
+
+# ----------------------------------------------------------------------------------------------- in the process itself
+
+
+def _main(folder: Path) -> None:
+    config, topology, slices = pickle.loads((folder / "job").read_bytes())
+    try:
+        outcome = _compile(config, topology, slices, folder)
+    except UserError as e:
+        outcome = {"error": str(e)}
+    (folder / "outcome").write_text(json.dumps(outcome))
+
+
+def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from lm_jax.objectives.next_token import next_token
+    from lm_jax.sharding import make_mesh, partition
+    from lm_jax.training.program import make_program
+
+    train, c = config.train, config.model
+    mesh = make_mesh(config.mesh, _devices(topology, slices))
+    placed = list(mesh.devices.flat)
+    coordinates = [[getattr(d, "slice_index", 0), *d.coords, d.core_on_chip] for d in placed]
+    with jax.set_mesh(mesh):
+        objective = next_token(c, z_loss=train.z_loss, remat=train.remat, layout=config.mesh.layout)
+        program = make_program(config, mesh, objective)
+        rows = NamedSharding(mesh, partition("batch", "length"))
+        kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_mask": jnp.bool_}
+        shape = (train.batch_size, train.length)
+        batch = {name: jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=rows) for name, kind in kinds.items()}
+        step: Any = program.train_step
+        lowered = step.trace(program.abstract, batch).lower(lowering_platforms=("tpu",))
+        (folder / "devices").write_text(json.dumps({"coordinates": coordinates, "kind": placed[0].device_kind}))
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": str(folder / "dump")})
+        except jax.errors.JaxRuntimeError as e:
+            words = re.split(r"\n|HLO module", str(e))[0].strip()
+            if "RESOURCE_EXHAUSTED" in str(e) and "HBM" in str(e).upper():
+                return {"refused": re.sub(r"^RESOURCE_EXHAUSTED: (E\d+: )?(\w+: )?", "", words)}
+            raise UserError(f"the compiler refuses this step: {words}") from e
+    return {"code_bytes": compiled.memory_analysis().generated_code_size_in_bytes}
+
+
+def _devices(topology: str, slices: int) -> list[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices)
+    except Exception as e:
+        if "libtpu" in str(e).lower():
+            raise UserError("compiling for TPUs needs libtpu: pip install 'lm_jax[tpu]' (no TPU is needed)") from e
+        raise UserError(f"--topology: the compiler does not know {topology!r}: {str(e).splitlines()[0][:150]}") from e
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

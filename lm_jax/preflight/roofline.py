@@ -1,0 +1,268 @@
+"""How long a compiled step must take: each instruction at the chip's peak, its memory's or its links' bandwidth.
+
+Every instruction of the optimized program takes the longer of its arithmetic at the peak and its bytes at the memory's
+bandwidth; attention's kernels take their FLOPs at the rate that the compiler's own schedule of them reaches. A loop's
+collectives that run beside it take no time of their own where they are shorter than what they run beside; others add to
+it. What a link carries follows from the bytes by the ring algorithm, on as many links as the mesh axes' places in the
+torus give. Nothing here waits for a host, a kernel's start, or a slow neighbour: it is a bound, and docs/numbers.md
+says how far above it published runs are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lm_jax.hlo import Collective, Computation, Op, called, parse, trip_count, type_bytes
+from lm_jax.preflight.chips import Chip
+
+# Attention's kernels, of the peak, with a head dim of 128: bundles of a 1,024 x 1,024 tile by the compiler's count
+# (benchmarks/README.md), over the cycles that its products take at the peak; forward, backward.
+_ATTENTION = {
+    "TPU v5 lite": (0.95, 0.95),
+    "TPU v5": (0.95, 0.95),
+    "TPU v6 lite": (1024 / 1782, 2560 / 3929),
+    "TPU7x": (1024 / 1782, 2560 / 3929),
+}
+_FREE = ("bitcast", "tuple", "get-tuple-element", "parameter", "constant", "after-all", "partition-id", "iota")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Link(NamedTuple):
+    """What the devices along some mesh axes are joined by.
+
+    Attributes:
+      name: `ici`, or `dcn` where slices are joined.
+      bandwidth: bytes a second out of a device, over all links that such a group uses.
+      devices: of a group.
+    """
+
+    name: str
+    bandwidth: float
+    devices: int
+
+
+class Sent(NamedTuple):
+    """All collectives of a kind over the same axes: bytes of a device and step, the link, and seconds at its rate."""
+
+    kind: str
+    axes: tuple[str, ...]
+    link: str
+    bytes: float
+    seconds: float
+    overlaps: float  # of the bytes, that run beside something
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of a step, and where they go.
+
+    Attributes:
+      total: the bound.
+      compute: of instructions that the peak bounds.
+      memory: of those that the memory's bandwidth bounds.
+      exposed: of collectives that nothing hides.
+      sent: the collectives.
+    """
+
+    total: float
+    compute: float
+    memory: float
+    exposed: float
+    sent: tuple[Sent, ...]
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most of it."""
+        parts = {"arithmetic": self.compute, "memory bandwidth": self.memory, "links": self.exposed}
+        return max(parts, key=lambda name: parts[name])
+
+
+def step_time(
+    program: str,
+    found: list[Collective],
+    chip: Chip,
+    peak: float,
+    links: Mapping[tuple[str, ...], Link],
+    *,
+    attention_flops: tuple[float, float],
+    head_dim: int,
+) -> Time:
+    """The bound for a program.
+
+    Args:
+      program: the optimized program's text.
+      found: its collectives.
+      chip: what runs it.
+      peak: its FLOPs a second.
+      links: by mesh axes.
+      attention_flops: of a device and step, in the kernels' forward (as often as they run) and backward pass.
+      head_dim: of attention.
+    """
+    parts: dict[str, list[float]] = {}
+    for loop, flops, size, times in _instructions(parse(program)):
+        arithmetic, moving = flops / peak, size / chip.memory_bandwidth
+        spent = parts.setdefault(loop, [0.0, 0.0])
+        spent[moving > arithmetic] += times * max(arithmetic, moving)
+    rate = peak * min(1.0, head_dim / 128)
+    kernels = sum(n / (rate * share) for n, share in zip(attention_flops, _ATTENTION[chip.kind], strict=True))
+    hidden: dict[tuple[str, str], float] = {}
+    exposed = 0.0
+    for c in found:
+        seconds = c.times * seconds_of(c.kind, c.bytes, links[c.axes])
+        if c.overlaps:
+            key = c.loop, links[c.axes].name
+            hidden[key] = hidden.get(key, 0.0) + seconds
+        else:
+            exposed += seconds
+    work = {loop: sum(spent) for loop, spent in parts.items()}
+    inner = sum(work[loop] for loop in work if loop) or 1.0
+    for (loop, _), seconds in hidden.items():
+        # Attention stands in the loops over layers, in each by its share of them.
+        there = work.get(loop, 0.0) + (kernels * work.get(loop, 0.0) / inner if loop else 0.0)
+        exposed += max(0.0, seconds - there)
+    compute = sum(spent[0] for spent in parts.values()) + kernels
+    memory = sum(spent[1] for spent in parts.values())
+    return Time(compute + memory + exposed, compute, memory, exposed, _sums(found, links))
+
+
+def _sums(found: list[Collective], links: Mapping[tuple[str, ...], Link]) -> tuple[Sent, ...]:
+    groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+    for c in found:
+        groups.setdefault((c.kind, c.axes), []).append(c)
+    sums = []
+    for (kind, axes), members in groups.items():
+        size = sum(c.bytes * c.times for c in members)
+        beside = sum(c.bytes * c.times for c in members if c.overlaps)
+        seconds = sum(c.times * seconds_of(kind, c.bytes, links[axes]) for c in members)
+        sums.append(Sent(kind, axes, links[axes].name, size, seconds, beside / size if size else 0.0))
+    return tuple(sorted(sums, key=lambda s: -s.seconds))
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+
+
+def seconds_of(kind: str, size: float, link: Link) -> float:
+    """Seconds of a collective of so many bytes (the larger side, as `hlo.py` counts) on a ring of `link`'s devices."""
+    n = link.devices
+    steps = {
+        "all-gather": (n - 1) / n,
+        "reduce-scatter": (n - 1) / n,
+        "all-reduce": 2 * (n - 1) / n,
+        "all-to-all": n / 4 if link.name == "ici" else (n - 1) / n,  # each byte travels a quarter of the ring
+        "collective-permute": 1.0,
+    }
+    return size * steps[kind] / link.bandwidth
+
+
+def links_of(
+    coordinates: list[list[int]], mesh: Mapping[str, int], axes: tuple[str, ...], chip: Chip, torus: tuple[int, ...]
+) -> Link:
+    """What joins the groups along some mesh axes.
+
+    Args:
+      coordinates: of each device in the mesh's order: slice, place in the torus, core of the chip.
+      mesh: the size of each mesh axis, in order.
+      axes: those that the groups reach along.
+      chip: what the devices are.
+      torus: how many chips a slice has along each dimension.
+    """
+    places = np.array(coordinates).reshape(*mesh.values(), -1)
+    group = places[tuple(slice(None) if axis in axes else 0 for axis in mesh)].reshape(-1, places.shape[-1])
+    if len(set(group[:, 0].tolist())) > 1:
+        return Link("dcn", chip.network, len(group))
+    bandwidth = 0.0
+    for dimension, whole in enumerate(torus):
+        reach = len(set(group[:, 1 + dimension].tolist()))
+        if reach > 1:
+            around = reach == whole and whole % chip.wraps == 0
+            bandwidth += chip.link * (2 if around else 1) / chip.per_chip
+    if not bandwidth:  # the halves of a chip
+        bandwidth = chip.memory_bandwidth / 2
+    return Link("ici", bandwidth, len(group))
+
+
+# -------------------------------------------------------------------------------------------------------- instructions
+
+
+def _instructions(program: dict[str, Computation]) -> Iterator[tuple[str, float, float, int]]:
+    """The loop, FLOPs, bytes and times of each instruction that a step runs, but kernels of attention (their bytes
+    count)."""
+    entry = next(c for c in program.values() if c.entry)
+    yield from _walk(program, entry, 1, "")
+
+
+def _walk(
+    program: dict[str, Computation], here: Computation, times: int, loop: str
+) -> Iterator[tuple[str, float, float, int]]:
+    for op in here.ops.values():
+        if op.code == "while":
+            (body,) = called(op, "body")
+            try:
+                trips = trip_count(program, here, op)
+            except ValueError:
+                trips = 1
+            yield from _walk(program, program[body], times * trips, body)
+        elif op.code in ("call", "conditional"):
+            for name in called(op, "to_apply", "branch_computations"):
+                yield from _walk(program, program[name], times, loop)
+        elif op.code not in _FREE and not op.code.endswith(("-done", "-update")) and op.kind is None:
+            yield loop, _flops(program, here, op), _moved(program, here, op), times
+
+
+def _flops(program: dict[str, Computation], here: Computation, op: Op) -> float:
+    """Two for each product of numbers: from a matrix product's three sizes, whose product is (m k) (k n) (m n)."""
+    if op.code in ("dot", "convolution"):
+        sizes = [_numbers(here.ops[name].type) for name in op.operands[:2]] + [_numbers(op.type)]
+        return 2 * math.sqrt(math.prod(sizes))
+    inner = called(op, "calls") if op.code in ("fusion", "async-start") else []
+    return sum(_flops(program, program[name], o) for name in inner for o in program[name].ops.values())
+
+
+def _numbers(type_: str) -> float:
+    m = _SHAPE.search(type_)
+    return math.prod(int(d) for d in m[2].split(",") if d) if m else 0.0
+
+
+def _moved(program: dict[str, Computation], here: Computation, op: Op) -> float:
+    """Bytes between an instruction and the device's memory: its operands and results that lie there, of those that it
+    only cuts from or puts into, what is cut or put."""
+    if op.code in ("copy-start", "slice-start", "async-start"):
+        return float(max(map(type_bytes, [op.type.strip("()").split(", ")[0]])))
+    inner = program[called(op, "calls")[0]] if op.code == "fusion" else None
+    total = 0.0
+    for i, name in enumerate(op.operands):
+        total += _part(inner, i, _in_memory(here.ops[name].type))
+    return total + _results(inner, op)
+
+
+def _in_memory(type_: str) -> float:
+    """Bytes of a type that lie in the device's memory: not in its fast memory, nor on the host."""
+    return float(sum(type_bytes(m[0]) for m in _SHAPE.finditer(type_) if not re.search(r"S\(\d+\)", m[3] or "")))
+
+
+def _part(inner: Computation | None, number: int, size: float) -> float:
+    """Bytes of an operand that a fusion reads."""
+    if inner is None or not size:
+        return size
+    parameter = next(o for o in inner.ops.values() if o.code == "parameter" and int(o.inside) == number)
+    users = inner.users.get(parameter.name, [])
+    if users and all(u.code == "dynamic-slice" for u in users):
+        return float(sum(type_bytes(u.type) for u in users))
+    if users and all(u.code == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
+        return 0.0
+    return size
+
+
+def _results(inner: Computation | None, op: Op) -> float:
+    root = next((o for o in inner.ops.values() if o.root), None) if inner is not None else op
+    if inner is not None and root is not None and root.code == "dynamic-update-slice" and _in_memory(op.type):
+        return float(type_bytes(inner.ops[root.operands[1]].type))
+    if op.code == "dynamic-update-slice":
+        return 0.0
+    return _in_memory(op.type)
