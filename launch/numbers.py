@@ -173,9 +173,9 @@ def _flops(n: Numbers) -> list[str]:
 
 def _bytes(n: Numbers) -> list[str]:
     size = n["parameters"]["total"]
-    rows = [("", "float32, and lm_jax in bfloat16", "", "bfloat16 beside a master copy", "")]
+    rows = [("", "float32; lm_jax in bfloat16", "", "bfloat16 and a master copy", "")]
     for name, recipes in n["bytes_per_parameter"].items():
-        row = [name + (" (this config's)" if name == n["optimizer"]["name"] else "")]
+        row = [name + (" (config's)" if name == n["optimizer"]["name"] else "")]
         for held in recipes.values():
             sums = [held["weights"], held["gradient"], *([held["master"]] if held["master"] else []), held["state"]]
             row += [" + ".join(f"{b:.3g}" for b in sums) + f" = {held['total']:.4g}", _amount(held["total"] * size)]

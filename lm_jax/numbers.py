@@ -236,7 +236,7 @@ def caches(c: TransformerConfig, itemsize: int) -> dict[str, int]:
     return {name: cache_bytes(c, itemsize, k) for name, k in heads.items() if c.heads % k == 0}
 
 
-# ------------------------------------------------------------------------------------------------ time, price, the inverse
+# -------------------------------------------------------------------------------------------- time, price, the inverse
 
 
 def training_hours(flops: float, chips: int, peak: float, mfu: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import numbers
 from tests.golden import dump_docs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,19 @@ def test_the_page_of_configs_is_that_of_the_code() -> None:
     assert dump_docs.FILE.read_text() == dump_docs.text(), "run python -m tests.golden.dump_docs"
 
 
+def test_the_page_of_numbers_is_that_of_the_code() -> None:
+    assert numbers.FILE.read_text() == numbers.page(), "run python -m docs.numbers"
+
+
+@pytest.mark.parametrize("case", list(numbers.cases()), ids=lambda c: f"{c.model}, {c.what}")
+def test_published_figures_are_met_as_far_as_is_said(case: numbers.Case) -> None:
+    if case.published is None:
+        assert 0 < case.ours < 1  # a rate of use that chips can have
+    else:
+        assert abs(case.ours / case.published - 1) <= case.apart
+        assert bool(case.note) or case.apart <= 3e-3  # what is further off than by rounding is explained
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
@@ -32,7 +46,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_name_files_and_modules_that_exist(page: Path) -> None:
     text = page.read_text()
-    modules = set(re.findall(r"python -m ((?:launch|tests|benchmarks)[\w.]+)", text))
+    modules = set(re.findall(r"python -m ((?:launch|tests|benchmarks|docs)[\w.]+)", text))
     configs = set(re.findall(r"--config=(configs/[\w/]+\.py)", text))
     wanted = [ROOT / (m.replace(".", "/").rstrip("/") + ".py") for m in modules] + [ROOT / c for c in configs]
     assert [str(p.relative_to(ROOT)) for p in wanted if not p.exists()] == []

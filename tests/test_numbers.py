@@ -130,7 +130,7 @@ def test_caches_are_those_of_the_textbook() -> None:
     assert numbers.cache_bytes(gpt(40, 5120, 40, 50_272), 2) == 800 * 1024  # OPT-13B, Kwon et al. 2023, section 3
 
 
-# ---------------------------------------------------------------------------------------------- chips, time, the inverse
+# --------------------------------------------------------------------------------------------- chips, time, the inverse
 
 
 @pytest.mark.parametrize("name", numbers.CHIPS)
