@@ -52,9 +52,15 @@ def _asked() -> dict[str, Any]:
 
     if HOURS.value is not None and CHIP_HOURS.value is not None:
         raise UserError("--hours: --chip_hours is given as well\ngive one of them: chip-hours are hours times chips")
-    tokens = None if TOKENS.value is None else cli.read("train.tokens", TOKENS.value, int)
-    if tokens is not None and tokens < 1:
-        raise UserError(f"--tokens: {tokens} is too few\nuse 1 or more, as 2e12")
+    tokens = None
+    if TOKENS.value is not None:
+        try:
+            number = float(TOKENS.value)
+        except ValueError:
+            number = 0.0
+        if not (number >= 1 and number.is_integer()):  # false of infinity and NaN as well
+            raise UserError(f"--tokens: {TOKENS.value!r} is no number of tokens\nuse a whole number above 0, as 2e12")
+        tokens = int(number)
     hours = CHIP_HOURS.value if HOURS.value is None else HOURS.value * CHIPS.value
     given = {"chip_name": CHIP.value, "chips": CHIPS.value, "mfu": MFU.value, "price": PRICE.value}
     return given | {"tokens": tokens, "chip_hours": hours}

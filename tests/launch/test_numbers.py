@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from launch import cli, numbers
 from lm_jax import numbers as lib
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/tiny.py"
 
 
@@ -61,6 +64,11 @@ def test_a_budget_may_be_hours_of_all_chips(capsys: pytest.CaptureFixture[str]) 
     assert "2 chip-hours imply" in page and "no such training can be" in page
 
 
+def test_a_launcher_run_as_a_file_finds_the_standard_library() -> None:
+    code = "import sys; sys.path.insert(0, 'launch'); import launch, numbers; assert numbers.Integral"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.usefixtures("untraced")
 def test_float32_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--config.model.dtype=float32") == 0
@@ -77,8 +85,9 @@ def test_float32_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
         (["--chips=0"], ["--chips", "1 or more"]),
         (["--chip_hours=0"], ["--chip_hours", "above 0"]),
         (["--hours=1", "--chip_hours=1"], ["--hours", "one of them"]),
-        (["--tokens=many"], ["tokens", "'many'", "whole number"]),
-        (["--tokens=0"], ["--tokens", "1 or more"]),
+        (["--tokens=many"], ["--tokens", "'many'", "whole number"]),
+        (["--tokens=0"], ["--tokens", "'0'", "above 0"]),
+        (["--tokens=inf"], ["--tokens", "'inf'"]),
         (["--price=-1"], ["price"]),
         (["--config.model.vocab=1"], ["model.vocab", "2 or more"]),
     ],
