@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import numbers
-from tests.golden import dump_docs
+from tests.golden import dump_docs, dump_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -24,11 +23,11 @@ def test_the_page_of_configs_is_that_of_the_code() -> None:
 
 
 def test_the_page_of_numbers_is_that_of_the_code() -> None:
-    assert numbers.FILE.read_text() == numbers.page(), "run python -m docs.numbers"
+    assert dump_numbers.FILE.read_text() == dump_numbers.page(), "run python -m tests.golden.dump_numbers"
 
 
-@pytest.mark.parametrize("case", list(numbers.cases()), ids=lambda c: f"{c.model}, {c.what}")
-def test_published_figures_are_met_as_far_as_is_said(case: numbers.Case) -> None:
+@pytest.mark.parametrize("case", list(dump_numbers.cases()), ids=lambda c: f"{c.model}, {c.what}")
+def test_published_figures_are_met_as_far_as_is_said(case: dump_numbers.Case) -> None:
     if case.published is None:
         assert 0 < case.ours < 1  # a rate of use that chips can have
     else:
@@ -46,7 +45,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_name_files_and_modules_that_exist(page: Path) -> None:
     text = page.read_text()
-    modules = set(re.findall(r"python -m ((?:launch|tests|benchmarks|docs)[\w.]+)", text))
+    modules = set(re.findall(r"python -m ((?:launch|tests|benchmarks)[\w.]+)", text))
     configs = set(re.findall(r"--config=(configs/[\w/]+\.py)", text))
     wanted = [ROOT / (m.replace(".", "/").rstrip("/") + ".py") for m in modules] + [ROOT / c for c in configs]
     assert [str(p.relative_to(ROOT)) for p in wanted if not p.exists()] == []

@@ -1,4 +1,6 @@
-"""Writes docs/numbers.md: what the numbers are, and how they compare with published ones: `python -m docs.numbers`.
+"""Writes docs/numbers.md: what a config's numbers are, and how they compare with published ones:
+
+python -m tests.golden.dump_numbers
 
 Every published figure is named with the place that it was read from. A figure of ours is computed here, anew each time.
 """
@@ -18,8 +20,9 @@ from lm_jax.config import build
 from lm_jax.models.transformer import TransformerConfig
 from lm_jax.training.run import RunConfig
 
-FILE = Path(__file__).with_suffix(".md")
-CONFIGS = FILE.parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "docs" / "numbers.md"
+CONFIGS = ROOT / "configs"
 COMMAND = "python -m launch.numbers --config=configs/70b.py --chip=a100 --chips=2048 --tokens=2e12 --chip_hours=1720320"
 
 # ---------------------------------------------------------------------------------------------------- published
@@ -206,6 +209,7 @@ def _of_palm() -> Iterator[Case]:
         lib.implied_mfu(rate * flops["all_pairs"], 2240 / 3600, A100),
         percent,
         2e-3,
+        "its 105 layers of 20,480 with 128 heads (Smith et al. 2022, arXiv:2201.11990), ids as GPT-2's",
     )
     yield Case(
         "MT-NLG 530B",
@@ -298,7 +302,7 @@ def _of_memory() -> Iterator[Case]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------------------- page
 
 HEAD = """\
 # Numbers
@@ -319,15 +323,17 @@ numbers. What a device of a mesh needs is another question: `launch.train` answe
 ## What they are
 
 - **FLOPs a token.** Three forward passes; a forward pass spends 2 for each weight of a matrix (the output projection
-  too, the look-up not), and attention 4 for each feature, head and pair of positions. The four counts differ in two
-  things: whether positions that a causal mask hides count (lm_jax does not count them, most published rates of use do),
-  and whether attention counts at all (in 6 N it does not). What remat computes again is in none of them. `mfu` in a
-  run's log is the first count's.
+  too, the look-up not), and attention 4 for each feature, head and pair of positions. The first two counts differ in
+  whether positions that a causal mask hides count: lm_jax does not count them, most published rates of use do. 6 N has
+  no attention's scores, and takes every parameter for a matrix: N with the look-up (Hoffmann et al.) or without it
+  (Kaplan et al.; of a tied model then without the output projection too). What remat computes again is in none of them.
+  `mfu` in a run's log is the first count's.
 - **Bytes a parameter.** lm_jax holds float32 weights and gradients, and computes in bfloat16 from casts of them, so its
   mixed precision holds what full precision does. The textbook's holds bfloat16 weights and gradients beside a float32
   master copy, which comes to the same bytes. Either way mixed precision halves activations and traffic, not this.
   Micro-batches add a gradient (4 bytes). Adafactor's share is counted shape by shape as optax factors it: over a
-  parameter's two largest dimensions, and only where both are 128 or more. Heads narrower than 128 are not factored.
+  parameter's two largest dimensions (heads and head dim are two), and only where both are 128 or more; so attention
+  with narrow heads keeps a number a weight.
 - **Activations.** What JAX's own differentiation leaves for the backward pass of one layer and one token, by remat
   policy, with the kernels and the dtype of the named chip. `none` keeps the bfloat16 casts of all weights as well. What
   a layer needs while it computes, and the logits, come on top.
@@ -346,7 +352,8 @@ Published figures stand as their sources give them, ours as computed from the sh
 """
 
 TAIL = """
-This page is made by `python -m docs.numbers`; a test holds every row to the difference that its note explains.
+This page is made by `python -m tests.golden.dump_numbers`; a test holds every row to the
+difference that its note explains.
 """
 
 
