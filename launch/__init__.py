@@ -5,6 +5,10 @@ lines. Whoever wants the notes sets the variables.
 """
 
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's and absl's: errors alone
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+# `python launch/train.py` puts this folder in front of the path, where `numbers` would hide the standard library's.
+sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != os.path.dirname(os.path.realpath(__file__))]

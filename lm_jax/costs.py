@@ -25,7 +25,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
 from lm_jax.params import Tree, named, role
-from lm_jax.sharding import AXES, MESH, Layout, MeshConfig, abstract, partition, platform
+from lm_jax.sharding import AXES, LAYOUT, MESH, Layout, MeshConfig, abstract, partition, platform
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
@@ -298,6 +298,21 @@ def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) ->
     logits = 2 * 4 * chunk * v  # the logits, and the gradient that takes their place
     weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute
     return logits + weight + 2 * item * rows * c.embed
+
+
+def kept_by_a_layer(c: TransformerConfig, mesh: AbstractMesh, length: int, remat: str = "none") -> tuple[int, int]:
+    """Bytes on a device that one layer leaves for the backward pass: for each row of `length` tokens, and once for all
+    rows (its weights in the dtype of compute, where nothing is computed again)."""
+
+    def kept(layers: int, rows: int) -> int:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return _kept(dataclasses.replace(c, layers=layers), mesh, (rows, length), remat, LAYOUT)
+
+    one = kept(2, 1) - kept(1, 1)
+    if remat != "none":  # the cast is computed again with the rest: no need to tell the two apart
+        return one, 0
+    two = kept(2, 2) - kept(1, 2)
+    return two - one, 2 * one - two
 
 
 # -------------------------------------------------------------------------------------------- what is there, what fits

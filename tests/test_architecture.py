@@ -22,7 +22,7 @@ FLOORS = (
     {"params", "config", "paths", "hlo", "slices"},
     {"sharding", "kernels"},
     {"models", "data"},
-    {"costs", "collectives", "objectives", "generation"},
+    {"costs", "numbers", "collectives", "objectives", "generation"},
     {"training", "evaluation", "interop"},
     {"post_training", "preflight", "scaling"},
 )
@@ -127,6 +127,7 @@ def test_rooms_do_not_import_in_a_circle() -> None:
         ("lm_jax.training.loop", "from lm_jax.objectives.next_token import next_token"),
         ("lm_jax.training.loop", "import lm_jax.objectives.next_token"),
         ("lm_jax.costs", "from lm_jax.training.run import TrainConfig"),
+        ("lm_jax.numbers", "from lm_jax.training.optimizers import make_optimizer"),
         ("lm_jax.training.loop", "from lm_jax.scaling.coordinates import measure"),
         ("lm_jax.config", "import configs.tiny"),
         ("lm_jax", "from launch import train"),
