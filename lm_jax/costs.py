@@ -178,7 +178,8 @@ def memory(
     Returns:
       `parameters`, `gradients`, `optimizer`, `activations` (kept for the backward pass), `working` (what the largest
       layer computes with: recomputed activations and temporaries; or the output's logits and gradient; or, where that
-      is more than the activations that are gone by then, optimizer state that visits from the host), `total`.
+      is more than the activations that are gone by then, optimizer state that visits from the host; and what stands
+      beside each of them, see `_held`), `total`.
     """
     mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     specs = transformer_specs(c)
@@ -195,19 +196,14 @@ def memory(
         output = _output(c, mesh, shape)
         # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
         optimizer = tree_bytes(state, host=platform() == "cpu") - weights
-        # The output's gradient is summed over chunks whole, and split over fsdp when the backward pass is over; weights
-        # are cast to the dtype of compute once, before the loops over layers.
-        output_whole = 4 * c.ids * c.embed // mesh.shape["tensor"]
-        gradients *= 1 if microbatches == 1 else 2
-        gradients += output_whole - output_whole // mesh.shape["fsdp"]
-        cast = weights * np.dtype(c.compute_dtype).itemsize // 4 if np.dtype(c.compute_dtype).itemsize < 4 else 0
+        held = _held(c, mesh, weights)
     visiting = tree_bytes(state, host=True) - weights - optimizer
     need = {
         "parameters": weights,
-        "gradients": gradients,
+        "gradients": gradients * (1 if microbatches == 1 else 2),
         "optimizer": optimizer,
         "activations": kept,
-        "working": cast + max(working, output, visiting - kept),
+        "working": held + max(working, output, visiting - kept),
     }
     return need | {"total": sum(need.values())}
 
@@ -287,6 +283,15 @@ def _made(jaxpr: Any) -> Iterator[Any]:
             yield from _made(getattr(program, "jaxpr", program))
         if not inner:
             yield from (v for v in equation.outvars if id(v) not in passing)
+
+
+def _held(c: TransformerConfig, mesh: AbstractMesh, weights: int) -> int:
+    """Bytes on a device that are there while the layers' backward pass runs, whatever layer it is at: the output's
+    gradient, which is split over fsdp only in the end; all weights, cast to a smaller dtype of compute once before the
+    loops."""
+    output = 4 * c.ids * c.embed // mesh.shape["tensor"]
+    item = np.dtype(c.compute_dtype).itemsize
+    return output - output // mesh.shape["fsdp"] + (weights * item // 4 if item < 4 else 0)
 
 
 def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:

@@ -46,7 +46,8 @@ class Compiled:
       coordinates: of each device, in the mesh's order: slice, place in the torus, core of the chip.
       kind: the device's, as JAX calls it.
       refused: the compiler's words, where it found that the step does not fit; None where it does.
-      code_bytes: of machine code, where it was written.
+      code_bytes: of machine code, where it was written;
+      analysed_bytes: what the finished program then says that it needs of a device, without its code.
       seconds: that tracing and compiling took.
     """
 
@@ -55,6 +56,7 @@ class Compiled:
     kind: str
     refused: str | None
     code_bytes: int | None
+    analysed_bytes: int | None
     seconds: float
 
 
@@ -140,7 +142,8 @@ def _result(folder: Path, seconds: float) -> Compiled:
         raise Failure("the compiler ended without a word:\n" + "\n".join(last))
     devices = json.loads((folder / "devices").read_text())
     dump = Dump(**{key: file.read_text() for key, file in texts.items() if file})
-    return Compiled(dump, devices["coordinates"], devices["kind"], refused, outcome.get("code_bytes"), seconds)
+    code, analysed = outcome.get("code_bytes"), outcome.get("analysed_bytes")
+    return Compiled(dump, devices["coordinates"], devices["kind"], refused, code, analysed, seconds)
 
 
 # ----------------------------------------------------------------------------------------------- in the process itself
@@ -186,7 +189,9 @@ def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dic
             if "RESOURCE_EXHAUSTED" in str(e) and "HBM" in str(e).upper():
                 return {"refused": re.sub(r"^RESOURCE_EXHAUSTED: (E\d+: )?(\w+: )?", "", words)}
             raise UserError(f"the compiler refuses this step: {words}") from e
-    return {"code_bytes": compiled.memory_analysis().generated_code_size_in_bytes}
+    m = compiled.memory_analysis()
+    analysed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return {"code_bytes": m.generated_code_size_in_bytes, "analysed_bytes": analysed}
 
 
 def _devices(topology: str, slices: int) -> list[Any]:

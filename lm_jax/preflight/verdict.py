@@ -104,6 +104,7 @@ def _verdict(config: RunConfig, where: Slice, slices: int, chip: Chip, compiled:
         "gaps": plan.gaps,
         "host_bytes": plan.host,
         "machine_code_bytes": compiled.code_bytes,
+        "analysed_bytes": compiled.analysed_bytes,
         "largest_buffers": _largest(plan),
         **_speed(config, where, slices, chip, compiled, mesh),
         "config": {"parameters": costs.parameters(config.model)["total"], **_sizes(config)},
@@ -138,7 +139,7 @@ def _speed(
     hours = train.total_steps * time.total / 3600
     return {
         "flops_per_device": flops,
-        "collectives": [s._asdict() for s in time.sent],
+        "collectives": [{**s._asdict(), "axes": list(s.axes)} for s in time.sent],
         "step": {
             "seconds": time.total,
             "bound_by": time.bound_by,

@@ -1,0 +1,127 @@
+"""A step compiled for chips that are not here: its bytes are the compiler's, and what does not fit is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch import preflight as launcher
+from lm_jax import costs
+from lm_jax.models.transformer import TransformerConfig
+from lm_jax.preflight import verdict as verdicts
+from lm_jax.preflight.buffers import CLASSES
+from lm_jax.preflight.verdict import Verdict, predicted, preflight
+from lm_jax.sharding import MeshConfig
+from lm_jax.slices import slice_of
+from lm_jax.training.run import RunConfig, TrainConfig
+
+SLICE = slice_of("v5e:2x2")
+MODEL = TransformerConfig(layers=4, embed=1024, heads=8, feed_forward_dim=4096, vocab=8192)
+RUN = RunConfig(
+    model=MODEL,
+    mesh=MeshConfig(data=1, fsdp=4),
+    train=TrainConfig(batch_size=32, length=1024, remat="full", tokens=10**9, steps=None),
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Verdict:
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("LM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        first = preflight(RUN, SLICE)
+        m.setattr(verdicts, "compile_step", lambda *a, **k: pytest.fail("asked again, it compiles"))
+        assert preflight(RUN, SLICE) == {**first, "from_cache": True}
+    return first
+
+
+def test_classes_are_the_compiler_s_total(found: Verdict) -> None:
+    size = found["bytes_per_device"]
+    assert found["fits"] and size["capacity"] == int(15.75 * 2**30)
+    assert sum(size[kind] for kind in CLASSES) == pytest.approx(size["compiler_total"], rel=0.05)
+    weights = 4 * costs.parameters(MODEL)["total"] / 4
+    gain = 9 * 1024 * 4  # gains are whole on every device
+    assert size["parameters"] == pytest.approx(weights + gain, rel=1e-2)
+    assert size["optimizer"] == pytest.approx(2 * size["parameters"], rel=1e-2)
+    inputs = 2 * 4 * 8 * 1024 * 1024  # kept between the passes: each block's, in bfloat16; and rotary angles, the batch
+    assert inputs < size["activations"] < 1.25 * inputs
+    assert size["gradients"] > weights
+
+
+def test_costs_predict_the_compiler(found: Verdict) -> None:
+    assert found["predicted_total"] == predicted(RUN, SLICE)["total"]
+    assert found["predicted_total"] == pytest.approx(found["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+def test_time_is_the_arithmetic_s(found: Verdict) -> None:
+    step, tokens = found["step"], 32 * 1024
+    assert 0.3 < step["mfu"] < 0.75  # a quarter is computed again
+    assert step["tokens_per_second"] == pytest.approx(tokens / step["seconds"])
+    assert found["run"]["steps"] == -(-(10**9) // tokens)
+    assert found["run"]["chip_hours"] == pytest.approx(4 * found["run"]["steps"] * step["seconds"] / 3600)
+    gathered = [s for s in found["collectives"] if s["kind"] == "all-gather"]
+    blocks = sum(costs.parameters(MODEL)[part] for part in ("attention", "feed_forward"))
+    table = 8192 * 1024
+    assert gathered[0]["axes"] == ["fsdp"] and gathered[0]["link"] == "ici"
+    assert gathered[0]["bytes"] == pytest.approx(2 * (2 * blocks + 2 * table), rel=0.05)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As the command: its status, and its two files."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
+    flags = [
+        "--config=configs/125m.py",
+        "--config.train.batch_size=512",
+        "--config.train.remat=none",
+        "--topology=v5e:2x2",
+        f"--json={tmp_path}/v.json",
+        f"--picture={tmp_path}/v.png",
+    ]
+    status = cli.status(launcher.main, launcher.FLAGS, ["preflight", *flags], config=True, file=True)
+    out = capsys.readouterr().out
+    assert status == 1 and "DOES NOT FIT" in out and "this fits: --config." in out
+    record = json.loads((tmp_path / "v.json").read_text())
+    size = record["bytes_per_device"]
+    assert not record["fits"] and "HBM" in record["compiler_says"] and size["compiler_total"] > size["capacity"]
+    assert sum(size[kind] for kind in CLASSES) == pytest.approx(size["compiler_total"], rel=0.05)
+    assert size["activations"] > 0.5 * size["compiler_total"]
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v5e:3x3"], "the nearest that can: v5e:2x4"),
+        (["--topology=v4:2x2x1"], "v4 cannot be compiled for"),
+        (["--topology=v5e:2x2", "--config.mesh.tensor=3"], "mesh"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["preflight", "--config=configs/125m.py", *flags]
+    assert cli.status(launcher.main, launcher.FLAGS, argv, config=True, file=True) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_costs_predict_every_policy(remat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    run = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, remat=remat))
+    size = preflight(run, SLICE)
+    assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_machine_code_comes_out_and_its_memory_is_the_plan_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    whole = preflight(RUN, SLICE, machine_code=True)
+    assert whole["machine_code_bytes"] > 2**20
+    # memory_analysis: arguments, heap and results that take no argument's place.
+    assert whole["bytes_per_device"]["compiler_total"] == pytest.approx(whole["analysed_bytes"], rel=1e-3)

@@ -1,0 +1,107 @@
+"""Times are the arithmetic's: FLOPs over the peak, bytes over the bandwidth, rings over their links."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lm_jax.hlo import Collective
+from lm_jax.preflight.chips import CHIPS, Chip
+from lm_jax.preflight.roofline import Link, Time, links_of, seconds_of, step_time
+
+PLAIN = Chip("TPU v5 lite", 2**34, memory_bandwidth=1e9, link=1e9, dimensions=2, wraps=16, network=1e8)
+
+
+def time_of(
+    f: Callable, *shapes: tuple[int, ...], peak: float = 1e12, found: Sequence[Collective] = (), **given: float
+) -> Time:
+    """The bound of a jitted function of float32 arrays, compiled for this machine."""
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    text = jax.jit(f).lower(*arguments).compile().as_text()
+    links = {("fsdp",): Link("ici", 1e9, 4), ("tensor",): Link("ici", 1e9, 2)}
+    attention = (given.get("forward", 0.0), given.get("backward", 0.0))
+    return step_time(text, list(found), PLAIN, peak, links, attention_flops=attention, head_dim=128)
+
+
+def test_a_product_takes_its_flops_or_its_bytes() -> None:
+    shapes = (300, 500), (500, 700)
+    arithmetic = time_of(jnp.dot, *shapes, peak=1e6)
+    assert arithmetic.compute == pytest.approx(2 * 300 * 500 * 700 / 1e6) and arithmetic.memory == 0
+    moving = time_of(jnp.dot, *shapes, peak=1e15)
+    assert moving.memory == pytest.approx(4 * (300 * 500 + 500 * 700 + 300 * 700) / 1e9) and moving.compute == 0
+    assert (arithmetic.bound_by, moving.bound_by) == ("arithmetic", "memory bandwidth")
+
+
+def test_a_loop_s_body_counts_as_often_as_it_runs_and_reads_its_slice() -> None:
+    """Forty layers of [64, 64] on [32, 64]: each step reads its own layer, not all forty."""
+    layers = 40
+
+    def f(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.dot(x, w), None), x, w)[0]
+
+    arithmetic = time_of(f, (32, 64), (layers, 64, 64), peak=1e5)
+    assert arithmetic.compute == pytest.approx(layers * 2 * 32 * 64 * 64 / 1e5, rel=1e-3)
+    moving = time_of(f, (32, 64), (layers, 64, 64), peak=1e15)
+    least = 4 * (64 * 64 + 2 * 32 * 64)  # a layer's weight, what goes in and what comes out
+    assert layers * least / 1e9 <= moving.memory < 4 * layers * least / 1e9
+
+
+def sent(bytes_: int, overlaps: bool, loop: str = "") -> Collective:
+    return Collective("all-gather", ("fsdp",), bytes_, 1, False, "bf16", "", loop, overlaps)
+
+
+def test_what_runs_beside_other_work_costs_only_what_is_left_of_it() -> None:
+    shapes = (300, 500), (500, 700)
+    alone = time_of(jnp.dot, *shapes, peak=1e9)  # 0.21 s
+    short, long = int(1e8), int(4e8)  # on four devices at 1 GB/s: 0.075 s and 0.3 s
+    assert time_of(jnp.dot, *shapes, peak=1e9, found=[sent(short, True)]).total == pytest.approx(alone.total)
+    assert time_of(jnp.dot, *shapes, peak=1e9, found=[sent(short, False)]).total == pytest.approx(alone.total + 0.075)
+    beside = time_of(jnp.dot, *shapes, peak=1e9, found=[sent(long, True)])
+    assert beside.total == pytest.approx(max(alone.total, 0.3), rel=1e-3)
+    (sums,) = time_of(jnp.dot, *shapes, found=[sent(short, True), sent(3 * short, False)]).sent
+    assert (sums.bytes, sums.overlaps) == (4 * short, 0.25) and sums.seconds == pytest.approx(0.3)
+
+
+def test_attention_s_kernels_take_their_flops_at_the_rate_they_reach() -> None:
+    plain = time_of(jnp.dot, (8, 8), (8, 8))
+    both = time_of(jnp.dot, (8, 8), (8, 8), forward=1e12, backward=3e12)
+    assert both.compute - plain.compute == pytest.approx(4 / 0.95, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [
+        ("all-gather", 0.75),
+        ("reduce-scatter", 0.75),
+        ("all-reduce", 1.5),
+        ("collective-permute", 1.0),
+        ("all-to-all", 1.0),
+    ],
+)
+def test_a_ring_of_four(kind: str, seconds: float) -> None:
+    assert seconds_of(kind, 1e9, Link("ici", 1e9, 4)) == pytest.approx(seconds)
+
+
+def places(shape: tuple[int, ...], slices: int = 1) -> list[list[int]]:
+    """Devices of slices of a torus in order, as a mesh of (data, fsdp, sequence, tensor) would take them."""
+    torus = list(itertools.product(*(range(n) for n in shape)))
+    return [[s, *place, *[0] * (3 - len(shape)), 0] for s in range(slices) for place in torus]
+
+
+def test_links_follow_from_where_a_group_lies() -> None:
+    v5e, v5p = CHIPS["v5e"], CHIPS["v5p"]
+    rows = {"data": 16, "fsdp": 16, "sequence": 1, "tensor": 1}
+    whole = links_of(places((16, 16)), rows, ("data", "fsdp"), v5e, (16, 16))
+    assert whole == Link("ici", 4 * v5e.link, 256)  # two dimensions, each closed to a ring
+    assert links_of(places((16, 16)), rows, ("fsdp",), v5e, (16, 16)) == Link("ici", 2 * v5e.link, 16)
+    small = {"data": 4, "fsdp": 4, "sequence": 1, "tensor": 1}
+    assert links_of(places((4, 4)), small, ("fsdp",), v5e, (4, 4)) == Link("ici", v5e.link, 4)  # a line
+    cube = {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 4}
+    assert links_of(places((4, 4, 4)), cube, ("fsdp",), v5p, (4, 4, 4)) == Link("ici", 4 * v5p.link, 16)
+    two = {"data": 2, "fsdp": 16, "sequence": 1, "tensor": 1}
+    assert links_of(places((4, 4), 2), two, ("data",), v5e, (4, 4)) == Link("dcn", v5e.network, 2)
+    assert links_of(places((4, 4), 2), two, ("fsdp",), v5e, (4, 4)).name == "ici"
