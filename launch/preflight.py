@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,11 +19,13 @@ from ml_collections import ConfigDict
 from launch import cli
 
 if TYPE_CHECKING:
-    from lm_jax.slices import Slice
+    from lm_jax.preflight.chips import Target
     from lm_jax.training.run import RunConfig
 
 FLAGS = flags.FlagValues()
-TOPOLOGY = flags.DEFINE_string("topology", None, "the slice: v5e:4x4, or v5p-128", required=True, flag_values=FLAGS)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "the slice: v5e:4x4, v5p-128; or GPUs: h200:8", required=True, flag_values=FLAGS
+)
 SLICES = flags.DEFINE_integer("slices", 1, "how many of it, joined by a network", lower_bound=1, flag_values=FLAGS)
 JSON = flags.DEFINE_string("json", None, "a file for all that was found", flag_values=FLAGS)
 PICTURE = flags.DEFINE_string("picture", None, "a PNG", flag_values=FLAGS)
@@ -44,39 +46,32 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     from lm_jax.config import build
-    from lm_jax.errors import UserError
     from lm_jax.preflight import page
-    from lm_jax.preflight.chips import CHIPS
+    from lm_jax.preflight.chips import target_of
     from lm_jax.preflight.search import search
-    from lm_jax.preflight.verdict import device_of, preflight
-    from lm_jax.slices import slice_of
+    from lm_jax.preflight.verdict import preflight
     from lm_jax.training.memory import FILL, fastest_remat, with_remat
     from lm_jax.training.run import RunConfig
 
     run = build(RunConfig, config).with_likely_vocab()
-    where = slice_of(TOPOLOGY.value)
-    if where.generation not in CHIPS:
-        raise UserError(f"--topology: {where.generation} cannot be compiled for\nuse one of {', '.join(CHIPS)}")
-    chip = CHIPS[where.generation]
-    devices = where.chips * chip.per_chip * SLICES.value
-    run.check_layout(devices)
+    target = target_of(TOPOLOGY.value, SLICES.value)
+    run.check_layout(target.devices)
     if run.train.remat == "auto":
         budget = run.train.memory_gb
-        room = int(FILL * chip.memory if budget is None else budget * 1e9)
-        run = with_remat(run, fastest_remat(run, devices, room, device_of(where)))
-    choices: dict[str, Any] = {"slices": SLICES.value, "tell": _tell}
+        room = int(FILL * target.chip.memory if budget is None else budget * 1e9)
+        run = with_remat(run, fastest_remat(run, target.devices, room, target.device))
     verdict = preflight(
         run,
-        where,
+        target,
         machine_code=MACHINE_CODE.value,
         cache=CACHE.value,
-        advise=lambda fits: _advice(run, where, fits),
-        **choices,
+        advise=lambda fits: _advice(run, target, fits),
+        tell=_tell,
     )
     verdict = {"config_file": file.spec, **verdict}
     _tell("")
     print(page.text(verdict, file.spec))
-    found = search(run, where, tries=TRIES.value, **choices) if SEARCH.value else []
+    found = search(run, target, tries=TRIES.value, tell=_tell) if SEARCH.value else []
     _tell("")
     verdict["search"] = [{"keys": f.keys, **f.verdict} for f in found]
     if found or verdict["advice"]:
@@ -88,23 +83,19 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
     return 0 if verdict["fits"] else DOES_NOT_FIT
 
 
-def _advice(run: RunConfig, where: Slice, fits: bool) -> str:
+def _advice(run: RunConfig, target: Target, fits: bool) -> str:
     """What costs.py expects to fit, or to fit and be faster; the compiler was not asked."""
     from launch.memory import remedy
     from lm_jax import costs
-    from lm_jax.preflight.chips import CHIPS
-    from lm_jax.preflight.verdict import device_of
     from lm_jax.training.memory import AUTO, FILL, fastest_remat, need, with_remat
 
-    chip, device = CHIPS[where.generation], device_of(where)
-    devices = where.chips * chip.per_chip * SLICES.value
-    room = int(FILL * chip.memory)
+    room = int(FILL * target.chip.memory)
     if not fits:
-        return "  by costs.py, " + remedy(run, devices, room, device=device, slices=SLICES.value)
-    policy = fastest_remat(run, devices, room, device)
+        return "  by costs.py, " + remedy(run, target.devices, room, device=target.device, slices=target.slices)
+    policy = fastest_remat(run, target.devices, room, target.device)
     if run.train.remat not in AUTO or AUTO.index(policy) >= AUTO.index(run.train.remat):
         return ""
-    size = costs.amount(need(with_remat(run, policy), devices, device)["total"])
+    size = costs.amount(need(with_remat(run, policy), target.devices, target.device)["total"])
     return f"  faster, and by costs.py it fits ({size}): --config.train.remat={policy}"
 
 

@@ -1,13 +1,15 @@
 """Compiles a config's training step for machines that are not here, with their own compiler, in a process of its own.
 
-libtpu has the compiler, and a topology's name stands for the chips. It decides on the program, its schedule and the
-place of every buffer in seconds, and then writes machine code for minutes. Whoever asks what a step needs has the
-answer when the first part is done: the process is ended there, unless it is to show that machine code comes out too.
+libtpu has the compiler for TPUs, and a topology's name stands for the chips; jax's CUDA plugin has that for GPUs, and
+a description of one stands for it. libtpu decides on the program, its schedule and the place of every buffer in
+seconds, and then writes machine code for minutes. Whoever asks what a step needs has the answer when the first part is
+done: the process is ended there, unless it is to show that machine code comes out too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -23,15 +25,17 @@ from typing import Any
 
 from lm_jax.errors import Failure, UserError
 from lm_jax.preflight.buffers import Dump
+from lm_jax.preflight.chips import GPUS_OF_A_HOST, Target
 from lm_jax.training.run import RunConfig
 
-# What libtpu is not to ask the network or other processes for.
+# What libtpu is not to ask the network or other processes for; kernels of cuDNN and cuBLAS cannot be tried here.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
 }
 _LAST = "after_optimizations_after_buffer_assignment.txt"  # the compiler writes it behind all others that are read
 _POLL_SECONDS = 0.1
@@ -43,7 +47,7 @@ class Compiled:
 
     Attributes:
       dump: its plan of memory and the program.
-      coordinates: of each device, in the mesh's order: slice, place in the torus, core of the chip.
+      coordinates: of each device, in the mesh's order: slice (of GPUs, host), place in the torus, core of the chip.
       kind: the device's, as JAX calls it.
       refused: the compiler's words, where it found that the step does not fit; None where it does.
       code_bytes: of machine code, where it was written;
@@ -62,9 +66,8 @@ class Compiled:
 
 def compile_step(
     config: RunConfig,
-    topology: str,
+    target: Target,
     *,
-    slices: int = 1,
     machine_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Compiled:
@@ -72,19 +75,18 @@ def compile_step(
 
     Args:
       config: the run's.
-      topology: such as `v5e:4x4`.
-      slices: of that topology, joined by a network.
+      target: what for.
       machine_code: whether to go on until machine code is written.
       tell: is handed what is going on, for a person.
 
     Raises:
-      UserError: where libtpu is missing, or does not know the topology; where the step does not compile for another
-        reason than memory.
+      UserError: where the compiler is missing, or does not know the topology; where the step does not compile for
+        another reason than memory.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="preflight") as name:
         folder = Path(name)
-        (folder / "job").write_bytes(pickle.dumps((config, topology, slices)))
+        (folder / "job").write_bytes(pickle.dumps((config, target)))
         command = [sys.executable, "-m", "lm_jax.preflight.compiling", str(folder)]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -150,15 +152,15 @@ def _result(folder: Path, seconds: float) -> Compiled:
 
 
 def _main(folder: Path) -> None:
-    config, topology, slices = pickle.loads((folder / "job").read_bytes())
+    config, target = pickle.loads((folder / "job").read_bytes())
     try:
-        outcome = _compile(config, topology, slices, folder)
+        outcome = _compile(config, target, folder)
     except UserError as e:
         outcome = {"error": str(e)}
     (folder / "outcome").write_text(json.dumps(outcome))
 
 
-def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dict[str, Any]:
+def _compile(config: RunConfig, target: Target, folder: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -169,9 +171,12 @@ def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dic
     from lm_jax.training.program import make_program
 
     train, c = config.train, config.model
-    mesh = make_mesh(config.mesh, _devices(topology, slices))
+    mesh = make_mesh(config.mesh, _devices(target))
     placed = list(mesh.devices.flat)
-    coordinates = [[getattr(d, "slice_index", 0), *d.coords, d.core_on_chip] for d in placed]
+    if target.torus:
+        coordinates = [[getattr(d, "slice_index", 0), *d.coords, d.core_on_chip] for d in placed]
+    else:
+        coordinates = [[d.id // GPUS_OF_A_HOST, 0, 0, 0, 0] for d in placed]
     with jax.set_mesh(mesh):
         objective = next_token(c, z_loss=train.z_loss, remat=train.remat, layout=config.mesh.layout)
         program = make_program(config, mesh, objective)
@@ -180,7 +185,7 @@ def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dic
         shape = (train.batch_size, train.length)
         batch = {name: jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=rows) for name, kind in kinds.items()}
         step: Any = program.train_step
-        lowered = step.trace(program.abstract, batch).lower(lowering_platforms=("tpu",))
+        lowered = step.trace(program.abstract, batch).lower(lowering_platforms=("tpu" if target.torus else "cuda",))
         (folder / "devices").write_text(json.dumps({"coordinates": coordinates, "kind": placed[0].device_kind}))
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(folder / "dump")})
@@ -194,15 +199,55 @@ def _compile(config: RunConfig, topology: str, slices: int, folder: Path) -> dic
     return {"code_bytes": m.generated_code_size_in_bytes, "analysed_bytes": analysed}
 
 
-def _devices(topology: str, slices: int) -> list[Any]:
+def _devices(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
+    plugins: tuple[str, ...] = ("libtpu",)
+    given: dict[str, Any] = {"topology_name": target.name, "num_slices": target.slices}
+    if not target.torus:
+        hosts = -(-target.chips // GPUS_OF_A_HOST)
+        shape = f"1x{hosts}x{target.chips // hosts}"
+        given = {"topology": shape, "target_config": _gpu(target)}
+        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices)
+        found = topologies.get_topology_desc(platform="tpu" if target.torus else "cuda", **given)
     except Exception as e:
-        if "libtpu" in str(e).lower():
-            raise UserError("compiling for TPUs needs libtpu: pip install 'lm_jax[tpu]' (no TPU is needed)") from e
-        raise UserError(f"--topology: the compiler does not know {topology!r}: {str(e).splitlines()[0][:150]}") from e
+        if not any(map(importlib.util.find_spec, plugins)):
+            extra = "tpu" if target.torus else "cuda"
+            what = f"compiling for {target.name} needs the compiler: pip install 'lm_jax[{extra}]'"
+            raise UserError(f"{what} (the chips themselves are not needed)") from e
+        reason = str(e).splitlines()[0][:150]
+        raise UserError(f"--topology: the compiler does not know {target.name}: {reason}") from e
+    return list(found.devices)
+
+
+def _gpu(target: Target) -> str:
+    """A Hopper GPU as XLA has them described (`xla.gpu.GpuTargetConfigProto` as text)."""
+    device = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 48 * 1024,
+        "shared_memory_per_core": 228 * 1024,
+        "shared_memory_per_block_optin": 227 * 1024,
+        "threads_per_core_limit": 2048,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "core_count": 132,
+        "fpus_per_core": 128,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "memory_bandwidth": int(target.chip.memory_bandwidth),
+        "l2_cache_size": 60 * 2**20,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": int(target.chip.memory / 0.75),
+    }
+    fields = " ".join(f"{name}: {value}" for name, value in device.items())
+    return (
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: 9 minor: 0 }} }} "
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } '
+        f'device_description_str: "{target.chip.kind}"'
+    )
 
 
 if __name__ == "__main__":

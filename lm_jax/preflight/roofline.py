@@ -19,15 +19,18 @@ from typing import NamedTuple
 import numpy as np
 
 from lm_jax.hlo import Collective, Computation, Op, called, parse, trip_count, type_bytes
-from lm_jax.preflight.chips import Chip
+from lm_jax.preflight.chips import Chip, Target
 
 # Attention's kernels, of the peak, with a head dim of 128: bundles of a 1,024 x 1,024 tile by the compiler's count
-# (benchmarks/README.md), over the cycles that its products take at the peak; forward, backward.
+# (benchmarks/README.md), over the cycles that its products take at the peak; forward, backward. Of GPUs, what cuDNN
+# reaches on an H200 (644 and 541 TFLOP/s, causal, 8,192 long).
 _ATTENTION = {
     "TPU v5 lite": (0.95, 0.95),
     "TPU v5": (0.95, 0.95),
     "TPU v6 lite": (1024 / 1782, 2560 / 3929),
     "TPU7x": (1024 / 1782, 2560 / 3929),
+    "NVIDIA H100": (0.65, 0.55),
+    "NVIDIA H200": (0.65, 0.55),
 }
 _FREE = ("bitcast", "tuple", "get-tuple-element", "parameter", "constant", "after-all", "partition-id", "iota")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -37,7 +40,7 @@ class Link(NamedTuple):
     """What the devices along some mesh axes are joined by.
 
     Attributes:
-      name: `ici`, or `dcn` where slices are joined.
+      name: `ici` between TPUs, `nvlink` between GPUs of a host, `network` between slices and hosts.
       bandwidth: bytes a second out of a device, over all links that such a group uses.
       devices: of a group.
     """
@@ -160,24 +163,25 @@ def seconds_of(kind: str, size: float, link: Link) -> float:
     return size * steps[kind] / link.bandwidth
 
 
-def links_of(
-    coordinates: list[list[int]], mesh: Mapping[str, int], axes: tuple[str, ...], chip: Chip, torus: tuple[int, ...]
-) -> Link:
+def links_of(coordinates: list[list[int]], mesh: Mapping[str, int], axes: tuple[str, ...], target: Target) -> Link:
     """What joins the groups along some mesh axes.
 
     Args:
-      coordinates: of each device in the mesh's order: slice, place in the torus, core of the chip.
+      coordinates: of each device in the mesh's order: slice (of GPUs, host), place in the torus, core of the chip.
       mesh: the size of each mesh axis, in order.
       axes: those that the groups reach along.
-      chip: what the devices are.
-      torus: how many chips a slice has along each dimension.
+      target: what the devices are.
     """
+    chip = target.chip
     places = np.array(coordinates).reshape(*mesh.values(), -1)
     group = places[tuple(slice(None) if axis in axes else 0 for axis in mesh)].reshape(-1, places.shape[-1])
-    if len(set(group[:, 0].tolist())) > 1:
-        return Link("dcn", chip.network, len(group))
+    groups = len(set(group[:, 0].tolist()))
+    if groups > 1:  # what arrives at a slice or host comes over the network of all its devices in the group
+        return Link("network", chip.network * len(group) / groups, len(group))
+    if not target.torus:
+        return Link("nvlink", chip.link, len(group))
     bandwidth = 0.0
-    for dimension, whole in enumerate(torus):
+    for dimension, whole in enumerate(target.torus):
         reach = len(set(group[:, 1 + dimension].tolist()))
         if reach > 1:
             around = reach == whole and whole % chip.wraps == 0

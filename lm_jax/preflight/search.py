@@ -16,9 +16,8 @@ from lm_jax.collectives import expected
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import transformer_specs
 from lm_jax.params import named, role
-from lm_jax.preflight.chips import CHIPS
-from lm_jax.preflight.verdict import Verdict, device_of, predicted, preflight
-from lm_jax.slices import Slice
+from lm_jax.preflight.chips import Target
+from lm_jax.preflight.verdict import Verdict, predicted, preflight
 from lm_jax.training.memory import AUTO
 from lm_jax.training.run import RunConfig
 
@@ -37,9 +36,8 @@ class Found:
 
 def search(
     config: RunConfig,
-    where: Slice,
+    target: Target,
     *,
-    slices: int = 1,
     tries: int = 4,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[Found]:
@@ -50,24 +48,22 @@ def search(
 
     Args:
       config: the run's, its vocabulary known.
-      where: the slice.
-      slices: how many of it.
+      target: what for.
       tries: how many layouts to compile.
       tell: is handed what is going on.
     """
-    capacity = CHIPS[where.generation].memory
-    others = list(_others(config, where, slices))
-    guesses = sorted((_seconds(other, where, slices), i) for i, (_, other) in enumerate(others))
+    others = list(_others(config, target))
+    guesses = sorted((_seconds(other, target), i) for i, (_, other) in enumerate(others))
     found: list[Found] = []
     for _, i in guesses:
         keys, other = others[i]
         if len(found) == tries:
             break
-        if predicted(other, where, slices)["total"] > _SURE * capacity:
+        if predicted(other, target)["total"] > _SURE * target.chip.memory:
             continue
         label = " ".join(f"{key.split('.')[1]}={value}" for key, value in keys.items()) or "as it is"
         try:
-            verdict = preflight(other, where, slices=slices, tell=functools.partial(_prefixed, tell, label))
+            verdict = preflight(other, target, tell=functools.partial(_prefixed, tell, label))
         except UserError as e:
             tell(f"{label}: {e}")
             continue
@@ -79,9 +75,9 @@ def _prefixed(tell: Callable[[str], None], label: str, text: str) -> None:
     tell(f"{label}: {text}")
 
 
-def _others(config: RunConfig, where: Slice, slices: int) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+def _others(config: RunConfig, target: Target) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Every layout that the devices and the model can be split by, with the keys that differ from the config's."""
-    devices = where.chips * CHIPS[where.generation].per_chip * slices
+    devices, slices = target.devices, target.slices
     context = config.mesh.sizes(devices)["sequence"]
     for tensor, remat, microbatches in itertools.product(_TENSOR, AUTO, _MICROBATCHES):
         if devices % (slices * tensor * context):
@@ -102,10 +98,9 @@ def _others(config: RunConfig, where: Slice, slices: int) -> Iterator[tuple[dict
         yield keys | {key: value for key, value in changed.items() if value != was[key]}, other
 
 
-def _seconds(config: RunConfig, where: Slice, slices: int) -> float:
+def _seconds(config: RunConfig, target: Target) -> float:
     """A guess of a step's time: arithmetic, what is computed again, what no computation hides of the links."""
-    chip, c, train = CHIPS[where.generation], config.model, config.train
-    devices = where.chips * chip.per_chip * slices
+    chip, c, train, devices = target.chip, config.model, config.train, target.devices
     peak = costs.peak_flops(chip.kind)
     assert peak is not None
     blocks = sum(
@@ -117,11 +112,11 @@ def _seconds(config: RunConfig, where: Slice, slices: int) -> float:
     again = {"none": 0.0, "dots": attention, "attention": 2.0 * blocks, "full": 2.0 * blocks + attention}
     tokens = train.batch_size * train.length / devices
     compute = tokens * (costs.flops_per_token(c, train.length) + again[train.remat]) / peak
-    mesh = costs.abstract_mesh(config.mesh, devices, device_of(where))
+    mesh = costs.abstract_mesh(config.mesh, devices, target.device)
     cut: dict[str, Any] = {"batch_size": train.batch_size, "length": train.length, "microbatches": train.microbatches}
     with jax.sharding.use_abstract_mesh(mesh):
         traffic = expected(c, config.mesh, devices, remat=train.remat, **cut)
-    bandwidth = chip.link * 2 / chip.per_chip
+    bandwidth = chip.link * (2 if target.torus else 1) / chip.per_chip
     hidden = sum(n for (_, axes), n in traffic.items() if "tensor" not in axes) / bandwidth
     exposed = sum(n for (_, axes), n in traffic.items() if "tensor" in axes) / bandwidth
     return max(compute, hidden) + exposed

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import AbstractDevice
-
 import lm_jax
 from lm_jax import costs, hlo
 from lm_jax.data.cache import cache_root
@@ -20,10 +18,9 @@ from lm_jax.models.transformer import TransformerConfig, transformer_specs
 from lm_jax.params import named
 from lm_jax.preflight import roofline
 from lm_jax.preflight.buffers import Plan, read
-from lm_jax.preflight.chips import CHIPS, Chip
+from lm_jax.preflight.chips import Target
 from lm_jax.preflight.compiling import Compiled, compile_step
 from lm_jax.sharding import MeshConfig, abstract
-from lm_jax.slices import Slice
 from lm_jax.training.memory import need
 from lm_jax.training.run import RunConfig
 
@@ -34,9 +31,8 @@ Verdict = dict[str, Any]
 
 def preflight(
     config: RunConfig,
-    where: Slice,
+    target: Target,
     *,
-    slices: int = 1,
     machine_code: bool = False,
     cache: bool = True,
     advise: Callable[[bool], str] = lambda fits: "",
@@ -46,8 +42,7 @@ def preflight(
 
     Args:
       config: the run's, its vocabulary known.
-      where: the slice.
-      slices: how many of it, joined by a network.
+      target: what for.
       machine_code: whether machine code is to be written too.
       cache: whether the answer to the same question may be one that was kept.
       advise: is handed whether it fits, and gives what else could be done; kept with the answer.
@@ -59,14 +54,12 @@ def preflight(
     Raises:
       UserError: where the layout does not suit the devices, or the step does not compile.
     """
-    chip = CHIPS[where.generation]
-    devices = where.chips * chip.per_chip * slices
-    config.check_layout(devices)
-    file = cache_root(None) / "preflight" / f"{_key(config, where, slices, machine_code)}.json"
+    config.check_layout(target.devices)
+    file = cache_root(None) / "preflight" / f"{_key(config, target, machine_code)}.json"
     if cache and file.is_file():
         return {**json.loads(file.read_text()), "from_cache": True}
-    compiled = compile_step(config, where.name, slices=slices, machine_code=machine_code, tell=tell)
-    verdict = _verdict(config, where, slices, chip, compiled)
+    compiled = compile_step(config, target, machine_code=machine_code, tell=tell)
+    verdict = _verdict(config, target, compiled)
     verdict["advice"] = advise(verdict["fits"])
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
@@ -75,38 +68,32 @@ def preflight(
     return {**verdict, "from_cache": False}
 
 
-def predicted(config: RunConfig, where: Slice, slices: int = 1) -> dict[str, int]:
+def predicted(config: RunConfig, target: Target) -> dict[str, int]:
     """What `costs.py` expects that a device needs, without the compiler: bytes by class, and `total`."""
-    chip = CHIPS[where.generation]
-    return need(config, where.chips * chip.per_chip * slices, device_of(where))
+    return need(config, target.devices, target.device)
 
 
-def device_of(where: Slice) -> AbstractDevice:
-    """What a slice's devices are, for meshes that are only described."""
-    return AbstractDevice(CHIPS[where.generation].kind, 1, "tpu")
-
-
-def _verdict(config: RunConfig, where: Slice, slices: int, chip: Chip, compiled: Compiled) -> Verdict:
-    devices = len(compiled.coordinates)
-    mesh = config.mesh.sizes(devices)
-    plan = read(compiled.dump, _gradient_shapes(config.model, config.mesh, devices, device_of(where)))
+def _verdict(config: RunConfig, target: Target, compiled: Compiled) -> Verdict:
+    mesh = config.mesh.sizes(target.devices)
+    plan = read(compiled.dump, _gradient_shapes(config.model, config.mesh, target))
+    fits = compiled.refused is None and plan.total <= target.chip.memory
     record: Verdict = {
-        "topology": where.name,
-        "slices": slices,
-        "devices": devices,
-        "chips": where.chips * slices,
+        "topology": target.name,
+        "slices": target.slices,
+        "devices": target.devices,
+        "chips": target.chips * target.slices,
         "chip": compiled.kind,
         "mesh": mesh,
-        "fits": compiled.refused is None,
+        "fits": fits,
         "compiler_says": compiled.refused,
-        "bytes_per_device": {**plan.classes, "compiler_total": plan.total, "capacity": chip.memory},
-        "predicted_total": predicted(config, where, slices)["total"],
+        "bytes_per_device": {**plan.classes, "compiler_total": plan.total, "capacity": target.chip.memory},
+        "predicted_total": predicted(config, target)["total"],
         "gaps": plan.gaps,
         "host_bytes": plan.host,
         "machine_code_bytes": compiled.code_bytes,
         "analysed_bytes": compiled.analysed_bytes,
         "largest_buffers": _largest(plan),
-        **_speed(config, where, slices, chip, compiled, mesh),
+        **_speed(config, target, compiled, mesh),
         "config": {"parameters": costs.parameters(config.model)["total"], **_sizes(config)},
         "versions": _versions(),
         "seconds": round(compiled.seconds, 1),
@@ -114,13 +101,10 @@ def _verdict(config: RunConfig, where: Slice, slices: int, chip: Chip, compiled:
     return record
 
 
-def _speed(
-    config: RunConfig, where: Slice, slices: int, chip: Chip, compiled: Compiled, mesh: Mapping[str, int]
-) -> dict[str, Any]:
-    c, train, devices = config.model, config.train, len(compiled.coordinates)
+def _speed(config: RunConfig, target: Target, compiled: Compiled, mesh: Mapping[str, int]) -> dict[str, Any]:
+    c, train, devices = config.model, config.train, target.devices
     found = hlo.collectives(compiled.dump.program, mesh)
-    torus = tuple(int(size) for size in where.topology.split("x"))
-    links = {x.axes: roofline.links_of(compiled.coordinates, mesh, x.axes, chip, torus) for x in found}
+    links = {x.axes: roofline.links_of(compiled.coordinates, mesh, x.axes, target) for x in found}
     tokens = train.batch_size * train.length
     peak = costs.peak_flops(compiled.kind)
     assert peak is not None
@@ -130,7 +114,7 @@ def _speed(
     time = roofline.step_time(
         compiled.dump.program,
         found,
-        chip,
+        target.chip,
         peak,
         links,
         attention_flops=(attention * (1 + again), 2.5 * attention),
@@ -149,15 +133,13 @@ def _speed(
             "mfu": flops / (time.total * peak),
             "tokens_per_second": tokens / time.total,
         },
-        "run": {"steps": train.total_steps, "hours": hours, "chip_hours": hours * where.chips * slices},
+        "run": {"steps": train.total_steps, "hours": hours, "chip_hours": hours * target.chips * target.slices},
     }
 
 
-def _gradient_shapes(
-    c: TransformerConfig, config: MeshConfig, devices: int, device: AbstractDevice
-) -> set[tuple[int, ...]]:
+def _gradient_shapes(c: TransformerConfig, config: MeshConfig, target: Target) -> set[tuple[int, ...]]:
     """Every shape that a weight's gradient can have on a device: its part or whole over fsdp, of a layer or of all."""
-    mesh = costs.abstract_mesh(config, devices, device)
+    mesh = costs.abstract_mesh(config, target.devices, target.device)
     found = set()
     for drop in ((), ("fsdp",)):
         weights: dict[str, Any] = named(abstract(transformer_specs(c), mesh, drop=drop))
@@ -193,17 +175,17 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"lm_jax": lm_jax.__version__}
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
+            continue
     return found
 
 
-def _key(config: RunConfig, where: Slice, slices: int, machine_code: bool) -> str:
+def _key(config: RunConfig, target: Target, machine_code: bool) -> str:
     """Of everything that the answer depends on: the config, the slice, versions, and this package's own text."""
-    parts = [repr((config.model, config.mesh, config.optimizer, config.train)), where.name, str(slices)]
+    parts = [repr((config.model, config.mesh, config.optimizer, config.train)), repr(target)]
     parts += [str(machine_code), json.dumps(_versions(), sort_keys=True), _source_hash()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

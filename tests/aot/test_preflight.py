@@ -14,12 +14,12 @@ from lm_jax import costs
 from lm_jax.models.transformer import TransformerConfig
 from lm_jax.preflight import verdict as verdicts
 from lm_jax.preflight.buffers import CLASSES
+from lm_jax.preflight.chips import target_of
 from lm_jax.preflight.verdict import Verdict, predicted, preflight
 from lm_jax.sharding import MeshConfig
-from lm_jax.slices import slice_of
 from lm_jax.training.run import RunConfig, TrainConfig
 
-SLICE = slice_of("v5e:2x2")
+SLICE = target_of("v5e:2x2")
 MODEL = TransformerConfig(layers=4, embed=1024, heads=8, feed_forward_dim=4096, vocab=8192)
 RUN = RunConfig(
     model=MODEL,
@@ -97,7 +97,10 @@ def test_what_does_not_fit_is_refused_with_what_would(
     ("flags", "words"),
     [
         (["--topology=v5e:3x3"], "the nearest that can: v5e:2x4"),
-        (["--topology=v4:2x2x1"], "v4 cannot be compiled for"),
+        (["--topology=v4:2x2x1"], "v4:2x2x1 cannot be compiled for"),
+        (["--topology=h200:12"], "the nearest is h200:16"),
+        (["--topology=h300:8"], "there is no compiler here for h300"),
+        (["--topology=h200:8", "--slices=2"], "write all GPUs, h200:16"),
         (["--topology=v5e:2x2", "--config.mesh.tensor=3"], "mesh"),
     ],
 )

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from lm_jax.hlo import Collective
-from lm_jax.preflight.chips import CHIPS, Chip
+from lm_jax.preflight.chips import CHIPS, Chip, target_of
 from lm_jax.preflight.roofline import Link, Time, links_of, seconds_of, step_time
 
-PLAIN = Chip("TPU v5 lite", 2**34, memory_bandwidth=1e9, link=1e9, dimensions=2, wraps=16, network=1e8)
+PLAIN = Chip("TPU v5 lite", 2**34, memory_bandwidth=1e9, link=1e9, wraps=16, network=1e8)
 
 
 def time_of(
@@ -93,15 +93,19 @@ def places(shape: tuple[int, ...], slices: int = 1) -> list[list[int]]:
 
 
 def test_links_follow_from_where_a_group_lies() -> None:
-    v5e, v5p = CHIPS["v5e"], CHIPS["v5p"]
-    rows = {"data": 16, "fsdp": 16, "sequence": 1, "tensor": 1}
-    whole = links_of(places((16, 16)), rows, ("data", "fsdp"), v5e, (16, 16))
+    v5e, v5p, h200 = CHIPS["v5e"], CHIPS["v5p"], CHIPS["h200"]
+    rows, pod = {"data": 16, "fsdp": 16, "sequence": 1, "tensor": 1}, target_of("v5e:16x16")
+    whole = links_of(places((16, 16)), rows, ("data", "fsdp"), pod)
     assert whole == Link("ici", 4 * v5e.link, 256)  # two dimensions, each closed to a ring
-    assert links_of(places((16, 16)), rows, ("fsdp",), v5e, (16, 16)) == Link("ici", 2 * v5e.link, 16)
+    assert links_of(places((16, 16)), rows, ("fsdp",), pod) == Link("ici", 2 * v5e.link, 16)
     small = {"data": 4, "fsdp": 4, "sequence": 1, "tensor": 1}
-    assert links_of(places((4, 4)), small, ("fsdp",), v5e, (4, 4)) == Link("ici", v5e.link, 4)  # a line
+    assert links_of(places((4, 4)), small, ("fsdp",), target_of("v5e:4x4")) == Link("ici", v5e.link, 4)  # a line
     cube = {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 4}
-    assert links_of(places((4, 4, 4)), cube, ("fsdp",), v5p, (4, 4, 4)) == Link("ici", 4 * v5p.link, 16)
-    two = {"data": 2, "fsdp": 16, "sequence": 1, "tensor": 1}
-    assert links_of(places((4, 4), 2), two, ("data",), v5e, (4, 4)) == Link("dcn", v5e.network, 2)
-    assert links_of(places((4, 4), 2), two, ("fsdp",), v5e, (4, 4)).name == "ici"
+    assert links_of(places((4, 4, 4)), cube, ("fsdp",), target_of("v5p:4x4x4")) == Link("ici", 4 * v5p.link, 16)
+    two, pair = {"data": 2, "fsdp": 16, "sequence": 1, "tensor": 1}, target_of("v5e:4x4", 2)
+    assert links_of(places((4, 4), 2), two, ("data",), pair) == Link("network", v5e.network, 2)
+    assert links_of(places((4, 4), 2), two, ("fsdp",), pair).name == "ici"
+    hosts, gpus = [[i // 8, 0, 0, 0, 0] for i in range(16)], target_of("h200:16")
+    within, over = ({"data": d, "fsdp": 16 // d, "sequence": 1, "tensor": 1} for d in (2, 1))
+    assert links_of(hosts, within, ("fsdp",), gpus) == Link("nvlink", h200.link, 8)
+    assert links_of(hosts, over, ("fsdp",), gpus) == Link("network", 8 * h200.network, 16)
