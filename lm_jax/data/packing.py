@@ -1,9 +1,16 @@
 """The global packing plan: which tokens row `n` has, for every `n`, from lengths and a seed alone.
 
-A document of N tokens is N - 1 pairs (token, the one after it). An epoch puts the pairs of all documents one after the
-other, documents in a random order, and cuts this ring of pairs into rows of `length` from a random offset; the rows are
-then put in a random order. So every pair stands in exactly one row an epoch, every epoch has the same number of rows,
-and a single long document is cut elsewhere each time. Only one row an epoch may have padding.
+A document of N tokens is N - 1 pairs (token, the one after it), and every pair stands in exactly one row an epoch, and
+every epoch has the same number of rows. Which pairs share a row is the packing's choice:
+
+- `split`: the pairs of all documents one after the other, documents in a random order, make a ring, which is cut into
+  rows of `length` from a random offset. Only one row an epoch has padding; documents are cut wherever a row ends, a
+  single long one elsewhere each time.
+- `best_fit`, `first_fit`: no document is cut that fits a row (`bins.py`); of a longer one as many whole rows as it
+  fills, and what is left of it, from another place of it each epoch. Rows end in padding. With `truncate` a longer
+  document is one row, and the rest of it is left out.
+
+The rows are then put in a random order.
 
 The order is of hashes written out here, not of a library's generator: it is the same for every version of everything.
 """
@@ -17,6 +24,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lm_jax.data.bins import FITS
 from lm_jax.data.cache import digest
 from lm_jax.errors import UserError
 
@@ -38,10 +46,25 @@ class TokenReader(Protocol):
         """For each (document, start, stop), its tokens [start, stop) as integers."""
 
 
-class _Epoch(NamedTuple):
+PACKINGS = ("split", *FITS)
+
+
+class _Ring(NamedTuple):
+    """An epoch of `split`."""
+
     order: np.ndarray  # [documents]: which stands where in the ring
     ends: np.ndarray  # [documents]: where its pairs end
     offset: int  # where in the ring row 0 starts
+    rows: np.ndarray  # [rows]: the order of the rows
+
+
+class _Bins(NamedTuple):
+    """An epoch of pieces in rows; the pieces of a row stand together."""
+
+    which: np.ndarray  # [pieces]: the document
+    starts: np.ndarray  # [pieces]
+    sizes: np.ndarray  # [pieces]
+    first: np.ndarray  # [rows + 1]: where each row's pieces begin
     rows: np.ndarray  # [rows]: the order of the rows
 
 
@@ -51,11 +74,20 @@ class Plan:
     Attributes:
       length: pairs a row, T.
       pairs: pairs an epoch.
+      left_out: pairs of documents that are truncated, which no epoch has.
       rows_per_epoch: rows that take them all.
     """
 
     def __init__(
-        self, documents: np.ndarray, tokens: np.ndarray, *, length: int, seed: int | None, content: str = ""
+        self,
+        documents: np.ndarray,
+        tokens: np.ndarray,
+        *,
+        length: int,
+        seed: int | None,
+        content: str = "",
+        packing: str = "split",
+        truncate: bool = False,
     ) -> None:
         """Args:
           documents: `[n]`, the numbers by which the reader knows the documents.
@@ -63,6 +95,8 @@ class Plan:
           length: pairs a row.
           seed: of the random order; None for the given order without an offset, as evaluation wants it.
           content: a fingerprint of what the tokens are.
+          packing: of `PACKINGS`.
+          truncate: whether what a document has beyond a row is left out; not with `split`.
 
         Raises:
           UserError: where no document has two tokens.
@@ -70,28 +104,50 @@ class Plan:
         pairs = np.asarray(tokens, np.int64) - 1
         self.documents = np.asarray(documents, np.int64)[pairs > 0]
         self._pairs = pairs[pairs > 0]
-        self.length, self.seed, self.content = length, seed, content
-        self.pairs = int(self._pairs.sum())
-        if self.pairs == 0:
+        self.length, self.seed, self.content, self.packing, self.truncate = length, seed, content, packing, truncate
+        everything = int(self._pairs.sum())
+        if everything == 0:
             raise UserError("there is no document of two tokens or more: nothing can be predicted")
-        self.rows_per_epoch = -(-self.pairs // length)
-        self._epochs: dict[int, _Epoch] = {}
+        if truncate:
+            self._pairs = np.minimum(self._pairs, length)
+        self.pairs = int(self._pairs.sum())
+        self.left_out = everything - self.pairs
+        if packing == "split":
+            self.rows_per_epoch = -(-self.pairs // length)
+        else:
+            rest = self._pairs % length
+            self._bins = FITS[packing](-np.sort(-rest[rest > 0]), length)
+            self._whole = int((self._pairs // length).sum())
+            self.rows_per_epoch = self._whole + (int(self._bins.max()) + 1 if len(self._bins) else 0)
+        self._epochs: dict[int, _Ring | _Bins] = {}
         self._lock = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides what row `n` is."""
         return digest(
-            f"plan 1, length {self.length}, seed {self.seed}",
+            f"plan 1, length {self.length}, seed {self.seed}" + self._way,
             self.content,
             self.documents.tobytes(),
             self._pairs.tobytes(),
         )
 
+    @property
+    def _way(self) -> str:
+        if self.packing == "split":
+            return ""
+        return f", {self.packing}" + (", truncated" if self.truncate else "")
+
     def row(self, n: int) -> list[Piece]:
         """The pieces of row `n`, n = 0, 1, ..; epoch after epoch."""
         number, place = divmod(n, self.rows_per_epoch)
         epoch = self._epoch(number)
+        if isinstance(epoch, _Bins):
+            row = int(epoch.rows[place])
+            here = slice(int(epoch.first[row]), int(epoch.first[row + 1]))
+            starts = epoch.starts[here]
+            documents = self.documents[epoch.which[here]]
+            return list(map(Piece, documents.tolist(), starts.tolist(), (starts + epoch.sizes[here]).tolist()))
         begin = int(epoch.rows[place]) * self.length
         end = min(begin + self.length, self.pairs)
         begin, end = begin + epoch.offset, end + epoch.offset
@@ -101,7 +157,7 @@ class Plan:
             return self._pieces(epoch, begin, end)
         return self._pieces(epoch, begin, self.pairs) + self._pieces(epoch, 0, end - self.pairs)  # round the ring
 
-    def _pieces(self, epoch: _Epoch, begin: int, end: int) -> list[Piece]:
+    def _pieces(self, epoch: _Ring, begin: int, end: int) -> list[Piece]:
         """The pieces of the ring's pairs [begin, end)."""
         first = int(epoch.ends.searchsorted(begin, side="right"))
         last = int(epoch.ends.searchsorted(end, side="left"))
@@ -112,7 +168,7 @@ class Plan:
         highs = np.minimum(end - starts, sizes)
         return list(map(Piece, self.documents[which].tolist(), lows.tolist(), highs.tolist()))
 
-    def _epoch(self, number: int) -> _Epoch:
+    def _epoch(self, number: int) -> _Ring | _Bins:
         if self.seed is None:
             number = 0
         with self._lock:
@@ -122,14 +178,46 @@ class Plan:
                 self._epochs[number] = self._make_epoch(number)
             return self._epochs[number]
 
-    def _make_epoch(self, number: int) -> _Epoch:
+    def _make_epoch(self, number: int) -> _Ring | _Bins:
+        if self.packing != "split":
+            return self._make_bins(number)
         if self.seed is None:
             order, rows, offset = np.arange(len(self._pairs)), np.arange(self.rows_per_epoch), 0
         else:
             order = _permutation(len(self._pairs), _key(self.seed, number, "documents"))
             rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
             offset = _key(self.seed, number, "offset") % self.length % self.pairs
-        return _Epoch(order, np.cumsum(self._pairs[order]), offset, rows)
+        return _Ring(order, np.cumsum(self._pairs[order]), offset, rows)
+
+    def _make_bins(self, number: int) -> _Bins:
+        """Whole rows first, then the bins."""
+        n, length = len(self._pairs), self.length
+        if self.seed is None:
+            order, turn, rows = np.arange(n), np.zeros(n, np.uint64), np.arange(self.rows_per_epoch)
+        else:
+            order = _permutation(n, _key(self.seed, number, "documents"))
+            turn = _hashes(n, _key(self.seed, number, "offset"))
+            rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
+        full, rest = np.divmod(self._pairs, length)
+        # What is left of a document stands behind so many of its whole rows.
+        before = (turn % (full + 1).astype(np.uint64)).astype(np.int64)
+        whole = np.repeat(np.arange(n), full)
+        at = np.arange(self._whole) - np.repeat(np.cumsum(full) - full, full)
+        whole_starts = at * length + np.where(at >= before[whole], rest[whole], 0)
+        left = order[rest[order] > 0]
+        left = left[
+            np.argsort(-rest[left], kind="stable")
+        ]  # the sizes that `_bins` was made for, in this epoch's order
+        grouped = np.argsort(self._bins, kind="stable")
+        left = left[grouped]
+        ends = np.cumsum(np.bincount(self._bins, minlength=self.rows_per_epoch - self._whole))
+        return _Bins(
+            which=np.concatenate([whole, left]),
+            starts=np.concatenate([whole_starts, before[left] * length]),
+            sizes=np.concatenate([np.full(self._whole, length), rest[left]]),
+            first=np.concatenate([np.arange(self._whole + 1), self._whole + ends]),
+            rows=rows,
+        )
 
 
 def _key(seed: int, epoch: int, use: str) -> int:
@@ -137,13 +225,18 @@ def _key(seed: int, epoch: int, use: str) -> int:
 
 
 def _permutation(n: int, key: int) -> np.ndarray:
-    """0 .. n - 1 in the order of their hashes (splitmix64, Steele et al. 2014)."""
+    """0 .. n - 1 in the order of their hashes."""
+    return np.argsort(_hashes(n, key), kind="stable")
+
+
+def _hashes(n: int, key: int) -> np.ndarray:
+    """A number of 64 bits for each of 0 .. n - 1 (splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    return np.argsort(x, kind="stable")
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------- rows of tokens

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm_jax.data import cache, tokenizers
 from lm_jax.data.corpus import Corpus, tokenise
-from lm_jax.data.packing import Plan
+from lm_jax.data.packing import PACKINGS, Plan
 from lm_jax.data.sources import EMBEDDED, SUFFIXES, Files, Policy, find_files
 from lm_jax.data.store import Store, whole
 from lm_jax.data.tokenizers import Tokenizer
@@ -39,6 +39,10 @@ class DataConfig:
       boundary: whether a boundary token stands before and after every document.
       held_out: the share of documents that is never trained on, by a stable hash of their text; of a source with a
         single document, the last such share of its characters.
+      packing: how documents share rows: "split" cuts the text of all of them into rows; "best_fit" and "first_fit" cut
+        no document that fits a row, at the price of some padding.
+      truncate: whether a document that is longer than a row is cut short instead of going on in another row; with
+        "best_fit" and "first_fit".
       max_epochs: the most passes over the source that a run may ask for.
       bad_documents: "refuse" stops at what cannot be a document (bad UTF-8, a broken line, no text in the field, too
         large), "drop" leaves it out and counts it.
@@ -53,6 +57,8 @@ class DataConfig:
     vocab_size: int = 4096
     boundary: bool = True
     held_out: float = 0.1
+    packing: str = "split"
+    truncate: bool = False
     max_epochs: int = 8
     bad_documents: Literal["refuse", "drop"] = "refuse"
     max_document_bytes: int = 2**28
@@ -78,6 +84,13 @@ class DataConfig:
             raise ConfigError("data.vocab_size", f"{self.vocab_size} is no size of a vocabulary", remedy)
         if not 0 <= self.held_out <= 0.5:  # false for NaN
             raise ConfigError("data.held_out", f"{self.held_out} is no share to hold out", "give 0 (none) to 0.5")
+        if self.packing not in PACKINGS:
+            near = difflib.get_close_matches(self.packing, PACKINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(PACKINGS)}"
+            raise ConfigError("data.packing", f"{self.packing!r} is unknown", hint)
+        if self.truncate and self.packing == "split":
+            problem = 'goes with data.packing = "best_fit" or "first_fit": "split" leaves nothing out'
+            raise ConfigError("data.truncate", problem)
         if self.bad_documents not in ("refuse", "drop"):
             raise ConfigError("data.bad_documents", f"{self.bad_documents!r} is unknown", "give refuse or drop")
         for name in ("max_epochs", "max_document_bytes", "threads"):
@@ -164,14 +177,15 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
     directory = _entry(config, files, config.held_out, None)
     store, tokenizer = Store(directory), tokenizers.load(directory)
     held = _text_set(store, "held_out", length, None, files.label) if config.held_out > 0 else None
+    train = _text_set(store, "train", length, seed, files.label, config)
     return Prepared(
         config=config,
         tokenizer=tokenizer,
-        train=_text_set(store, "train", length, seed, files.label),
+        train=train,
         held_out=held,
         data=directory.name,
         description=_describe(files.label, store.manifest, tokenizer),
-        notes=_notes(store.manifest, files.ignored, tokenizer, config),
+        notes=(*_notes(store.manifest, files.ignored, tokenizer, config), *_packed(train.plan)),
     )
 
 
@@ -235,10 +249,15 @@ def _learn(config: DataConfig, corpus: Corpus) -> Tokenizer:
     return tokenizers.train_sentencepiece(corpus.sample(SAMPLE), config.vocab_size, config.boundary)
 
 
-def _text_set(store: Store, side: str, length: int, seed: int | None, label: str) -> TextSet:
+def _text_set(
+    store: Store, side: str, length: int, seed: int | None, label: str, config: DataConfig | None = None
+) -> TextSet:
+    """Rows of a side of a store, packed as the config says; without one, as evaluation wants them: all of the text."""
     documents = np.flatnonzero(store.held_out if side == "held_out" else ~store.held_out)
+    packed: dict[str, Any] = {"packing": config.packing, "truncate": config.truncate} if config else {}
+    lengths, content = store.lengths[documents], store.directory.name
     try:
-        plan = Plan(documents, store.lengths[documents], length=length, seed=seed, content=store.directory.name)
+        plan = Plan(documents, lengths, length=length, seed=seed, content=content, **packed)
     except UserError as error:
         what = "what is held out" if side == "held_out" else "the text"
         raise UserError(f"{label}: {what} is too short: {error}") from None
@@ -276,6 +295,17 @@ def _notes(manifest: dict[str, Any], ignored: int, tokenizer: Tokenizer, config:
             f"the text is too small for {config.vocab_size:,} pieces: the vocabulary is {tokenizer.vocab_size:,}"
         )
     return tuple(notes)
+
+
+def _packed(plan: Plan) -> list[str]:
+    if plan.packing == "split":
+        return []
+    share = plan.pairs / (plan.rows_per_epoch * plan.length)
+    notes = [f"packed by {plan.packing}: {_count(plan.rows_per_epoch, 'row')} an epoch, {share:.1%} full"]
+    if plan.left_out:
+        total = plan.pairs + plan.left_out
+        notes.append(f"truncated: {plan.left_out:,} of {total:,} tokens are beyond their row and never trained on")
+    return notes
 
 
 def _count(n: int, noun: str) -> str:

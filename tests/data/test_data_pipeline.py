@@ -54,6 +54,8 @@ def ready(tmp_path: Path, length: int = 16, seed: int = 0, **changes: Any) -> Pr
         ("threads", 0),
         ("max_document_bytes", 0),
         ("bad_documents", "ignore"),
+        ("packing", "best-fit"),
+        ("truncate", True),
     ],
 )
 def test_wrong_values_name_their_key(key: str, value: Any) -> None:
@@ -226,3 +228,20 @@ def test_data_tools_do_not_need_jax() -> None:
     run_python(
         "import sys, lm_jax.data.pipeline; assert not {'jax', 'grain', 'pyarrow'} & set(sys.modules)", devices=None
     )
+
+
+def test_packing_is_a_choice_of_training_and_says_what_it_costs(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * n}) for n in (3, 40, 7, 9, 100, 12, 30, 5, 8, 21)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    given: dict[str, Any] = {"source": str(tmp_path / "x.jsonl"), "held_out": 0.0, "length": 32}
+    split, fit = ready(tmp_path, **given), ready(tmp_path, packing="best_fit", **given)
+    short = ready(tmp_path, packing="first_fit", truncate=True, **given)
+    assert split.notes == () and split.fingerprint != fit.fingerprint
+    assert split.data == fit.data  # the tokens are the same, and made once
+    full = fit.train.plan.pairs / (fit.train.plan.rows_per_epoch * 32)
+    assert fit.notes == (f"packed by best_fit: {fit.train.plan.rows_per_epoch} rows an epoch, {full:.1%} full",)
+    # With its boundaries a document of n bytes has n + 2 tokens, n + 1 pairs.
+    beyond, total = (41 - 32) + (101 - 32), sum(n + 1 for n in (3, 40, 7, 9, 100, 12, 30, 5, 8, 21))
+    assert short.notes[1] == f"truncated: {beyond} of {total} tokens are beyond their row and never trained on"
+    held = ready(tmp_path, packing="best_fit", **(given | {"held_out": 0.3})).held_out
+    assert held is not None and held.plan.packing == "split"  # all of what is held out counts, in order

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm_jax.data.bins import best_fit, first_fit
 from lm_jax.data.packing import Plan, read_rows
 from lm_jax.errors import UserError
 
@@ -27,8 +29,8 @@ class Numbered:
         return [np.arange(start, stop, dtype=np.int32) + document * STRIDE for document, start, stop in ranges]
 
 
-def make(lengths: Sequence[int], length: int, seed: int | None = 0) -> Plan:
-    return Plan(np.arange(len(lengths)), np.array(lengths), length=length, seed=seed)
+def make(lengths: Sequence[int], length: int, seed: int | None = 0, **packed: Any) -> Plan:
+    return Plan(np.arange(len(lengths)), np.array(lengths), length=length, seed=seed, **packed)
 
 
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda xs: max(xs) > 1)
@@ -141,6 +143,9 @@ def test_fingerprints_tell_plans_apart() -> None:
         Plan(documents, tokens, length=4, seed=None),
         Plan(documents, tokens, length=4, seed=0, content="other"),
         Plan(documents + 1, tokens, length=4, seed=0),
+        Plan(documents, tokens, length=4, seed=0, packing="best_fit"),
+        Plan(documents, tokens, length=4, seed=0, packing="first_fit"),
+        Plan(documents, tokens, length=4, seed=0, packing="best_fit", truncate=True),
         Plan(documents, tokens[::-1], length=4, seed=0),
     ]
     assert len({p.fingerprint for p in plans}) == len(plans)
@@ -158,3 +163,78 @@ def test_a_plan_of_many_documents() -> None:
     plan = Plan(np.arange(300_000), lengths, length=2048, seed=0)
     assert plan.pairs == int((lengths - 1).sum()) > 2**32
     assert sum(p.stop - p.start for n in range(50) for p in plan.row(n)) == 50 * 2048
+
+
+# ------------------------------------------------------------------------------------------------- best fit, first fit
+
+
+@settings(deadline=None, max_examples=150)
+@given(lengths_of_documents, st.integers(1, 50), seeds, st.sampled_from(["best_fit", "first_fit"]))
+def test_fitted_rows_have_every_pair_once_and_cut_no_document_that_fits(
+    lengths: list[int], length: int, seed: int | None, packing: str
+) -> None:
+    plan, store = make(lengths, length, seed, packing=packing), Numbered(lengths)
+    everything = sorted(d * STRIDE + i for d, n in enumerate(lengths) for i in range(n - 1))
+    for number in range(3):
+        rows = range(number * plan.rows_per_epoch, (number + 1) * plan.rows_per_epoch)
+        batch = read_rows(plan, store, rows)
+        mask = batch["loss_mask"]
+        assert sorted(batch["tokens"][mask].tolist()) == everything
+        assert (batch["targets"][mask] == batch["tokens"][mask] + 1).all()
+        pieces = [piece for n in rows for piece in plan.row(n)]
+        for d, n in enumerate(lengths):
+            sizes = [p.stop - p.start for p in pieces if p.document == d]
+            full, rest = divmod(n - 1, length)
+            assert sorted(sizes) == sorted([length] * full + [rest] * (rest > 0))
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths_of_documents, st.integers(1, 50), seeds, st.sampled_from(["best_fit", "first_fit"]))
+def test_truncated_documents_are_one_piece_and_what_is_left_out_is_counted(
+    lengths: list[int], length: int, seed: int | None, packing: str
+) -> None:
+    plan = make(lengths, length, seed, packing=packing, truncate=True)
+    pieces = sorted(piece for n in range(plan.rows_per_epoch) for piece in plan.row(n))
+    assert pieces == [(d, 0, min(n - 1, length)) for d, n in enumerate(lengths) if n > 1]
+    assert plan.left_out == sum(max(0, n - 1 - length) for n in lengths)
+    assert plan.pairs + plan.left_out == sum(n - 1 for n in lengths if n > 1)
+
+
+def plain_fit(sizes: list[int], capacity: int, best: bool) -> list[int]:
+    """Bin by bin, as the textbook has it."""
+    room: list[int] = []
+    found = []
+    for size in sizes:
+        fitting = [(room[b], b) if best else (b, b) for b in range(len(room)) if room[b] >= size]
+        at = min(fitting)[1] if fitting else len(room)
+        if at == len(room):
+            room.append(capacity)
+        room[at] -= size
+        found.append(at)
+    return found
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 64))
+def test_bins_are_the_textbook_s(sizes: list[int], capacity: int) -> None:
+    sizes = sorted(sizes, reverse=True)
+    assert first_fit(np.array(sizes), capacity).tolist() == plain_fit(sizes, capacity, best=False)
+    found, plain = best_fit(np.array(sizes), capacity), plain_fit(sizes, capacity, best=True)
+    # Of bins with the same room either will do: the rooms that each step leaves are the same.
+    assert sorted(np.bincount(found, sizes).tolist()) == sorted(np.bincount(plain, sizes).tolist())
+
+
+def test_long_documents_are_cut_elsewhere_in_another_epoch() -> None:
+    plan = make([1000], length=64, packing="best_fit")
+    cuts = {tuple(sorted(p.start for n in range(16 * e, 16 * e + 16) for p in plan.row(n))) for e in range(20)}
+    assert plan.rows_per_epoch == 16 and len(cuts) > 8
+
+
+def test_a_large_corpus_fills_its_rows() -> None:
+    """Log-normal lengths of median 400, as web text has them."""
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(2, np.exp(rng.normal(np.log(400), 1, 100_000)).astype(int))
+    for packing in ("best_fit", "first_fit"):
+        plan = Plan(np.arange(len(lengths)), lengths, length=2048, seed=0, packing=packing)
+        assert plan.pairs / (plan.rows_per_epoch * 2048) > 0.99
+        assert sum(p.stop - p.start for p in plan.row(5)) <= 2048
