@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
+from lm_jax.data.packing import Plan  # noqa: E402
 from lm_jax.kernels.flash_attention.mask import AttentionMask, LocalGlobal  # noqa: E402
 from lm_jax.kernels.flash_attention.ring import parts_of, ring_order  # noqa: E402
 from lm_jax.kernels.flash_attention.schedule import tile_kinds  # noqa: E402
@@ -177,7 +178,40 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
+def packing() -> None:
+    """The first rows of the same documents under three packings, a colour a document, asked of the plans."""
+    rng = np.random.default_rng(3)
+    lengths, T = np.maximum(2, np.exp(rng.normal(np.log(200), 0.9, 60)).astype(int)), 512
+    ways = {
+        "split": {},
+        "best_fit": {"packing": "best_fit"},
+        "best_fit, truncated": {"packing": "best_fit", "truncate": True},
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4), layout="constrained")
+    hues = plt.colormaps["tab20"](rng.permutation(60) % 20)
+    for ax, (name, way) in zip(axes, ways.items(), strict=True):
+        plan = Plan(np.arange(60), lengths, length=T, seed=0, **way)
+        for n in range(14):
+            at = 0
+            for piece in plan.row(n):
+                size = piece.stop - piece.start
+                cut = piece.start > 0 or piece.stop < lengths[piece.document] - 1
+                ax.add_patch(
+                    Rectangle((at, n + 0.1), size, 0.8, facecolor=hues[piece.document], hatch="///" if cut else None)
+                )
+                at += size
+            ax.add_patch(Rectangle((at, n + 0.1), T - at, 0.8, facecolor=EMPTY))
+        full = plan.pairs / (plan.rows_per_epoch * T)
+        out = f", {plan.left_out / (plan.pairs + plan.left_out):.0%} left out" if plan.left_out else ""
+        ax.set(xlim=(0, T), ylim=(14, 0), xlabel="place in the row")
+        ax.set_title(f"{name}: {full:.1%} full{out}", fontsize=9)
+        ax.set_yticks([])
+    axes[0].set_ylabel("rows")
+    save(figure, "packing")
+
+
 if __name__ == "__main__":
+    packing()
     attention_schedule()
     parallelism_holds()
     parallelism_ring()
