@@ -126,7 +126,7 @@ def slice_of(text: str) -> Slice:
         sizes = tuple(int(size) for size in topology.split("x") if size)
         if sizes in _shapes(g):
             return _slice(g, sizes)
-        wanted = float(math.prod(sizes))
+        wanted = math.prod(sizes)
     else:
         wanted = int(count) / (g.cores if g.counts_cores else 1)
         sizes = _of_chips(g).get(int(wanted), ())
