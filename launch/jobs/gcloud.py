@@ -109,7 +109,8 @@ class Pod:
         """Stops what is left of an earlier start on all workers, and starts the job in the background."""
         exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in job.environment)
         watched = shlex.join(job.watched(identity, python=".venv/bin/python"))
-        run = f"{watched} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
+        first = f"({job.setup}) && " if job.setup else ""
+        run = f"{{ {first}{watched}; }} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
         return self.ssh_command(
             f"{self._stop()}; rm -f {self.name}.status; cd {FOLDER} && {exports}"
             f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}"

@@ -32,6 +32,7 @@ class Job:
       gpus: of each node; 0 for a job on processors.
       gpu_type: what the cluster calls them; empty: any.
       environment: variables for the command, (name, value).
+      setup: a line of shell that each host runs first, as to fetch text; empty: none. Where it fails the job ends.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     gpus: int = 0
     gpu_type: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    setup: str = ""
 
     @property
     def hosts(self) -> int:
@@ -65,13 +67,16 @@ def define_flags(values: flags.FlagValues, *, tpus: bool, gpus: bool) -> None:
 
     Args:
       values: where to.
-      tpus: whether the cluster has TPU slices,
+      tpus: whether the cluster has TPU slices, on hosts with disks of their own,
       gpus: or nodes with GPUs.
     """
     flags.DEFINE_string("name", None, "what the cluster calls the job", required=True, flag_values=values)
     flags.DEFINE_multi_string("env", [], "NAME=VALUE for the command; as often as needed", flag_values=values)
     if tpus:
         flags.DEFINE_string("slice", None, "the TPU slice: v5p:4x4x4, v6e-64", flag_values=values)
+        flags.DEFINE_string(
+            "setup", "", "a line of shell for each host, run before the command: to fetch text", flag_values=values
+        )
     if gpus:
         flags.DEFINE_integer("nodes", 1, "how many machines with GPUs", lower_bound=1, flag_values=values)
         flags.DEFINE_integer("gpus", 0, "how many GPUs a node has", lower_bound=0, flag_values=values)
@@ -89,7 +94,7 @@ def job_of(values: flags.FlagValues, command: Sequence[str], *, shared_disk: boo
     Raises:
       UserError: something that no machine could run; it is told here, before any is asked for.
     """
-    given = {name: values[name].value for name in ("slice", "nodes", "gpus", "gpu_type") if name in values}
+    given = {name: values[name].value for name in ("slice", "nodes", "gpus", "gpu_type", "setup") if name in values}
     if given.get("slice") and given.get("gpus"):
         raise UserError(f"--slice={given['slice']} and --gpus={given['gpus']}: a job runs on one or the other")
     described = {key: value for key, value in given.items() if key != "slice" and value}

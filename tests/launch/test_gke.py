@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,17 @@ def test_every_host_of_a_slice_is_a_pod_on_a_node_of_that_slice(made: Callable[.
     assert container["command"][-5:] == ["python", *TRAIN[2:]]
     assert "--host=$(HOST)" in container["command"]
     assert [e["name"] for e in container["env"]] == ["HOST", "JOBSET"]
+
+
+def test_what_comes_first_runs_first_and_leaves_the_place_to_the_watcher(
+    made: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    (manifest,) = made(*SLICE, "--setup=touch fetched")
+    command = pod_of(manifest)["containers"][0]["command"]
+    assert command[:2] == ["sh", "-c"] and command[4:7] == ["python", "-m", "launch.jobs.again"]
+    for setup, status in ((command[2], 7), (command[2].replace("touch", "false"), 1)):
+        done = subprocess.run([*command[:2], setup, "sh", "sh", "-c", "test -f fetched && exit 7"], cwd=tmp_path)
+        assert done.returncode == status
 
 
 def test_processes_on_gpus_are_told_of_each_other(made: Callable[..., list[dict[str, Any]]]) -> None:

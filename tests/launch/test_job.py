@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,24 +89,42 @@ def sweep(s):
 """
 
 
-def test_each_run_of_a_sweep_trains_as_a_job_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "sweep.py").write_text(SWEEP)
-    text = write_text(tmp_path / "text")
+def sweep_in(folder: Path) -> Job:
+    (folder / "sweep.py").write_text(SWEEP)
+    text = write_text(folder / "text")
     words = ["--config.train.steps=8", f"--config.data.source={text}", "--config.evaluation.prompt=None"]
-    command = ["python", "-m", "launch.sweep", f"--config={tmp_path / 'sweep.py'}", f"--workdir={tmp_path}/out", *words]
-    sweep = described(command=command, shared_disk=True)
-    jobs = sweeps.each_run(sweep)
-    assert [job.command[-1] for job in jobs] == ["--only=learning_rate=0.001", "--only=learning_rate=1e30"]
-    assert len({job.name for job in jobs}) == 2
-    good, bad = (run_module(job.command[2], *job.command[3:], check=False, timeout=120) for job in jobs)
-    assert good.returncode == 0, good.stderr
-    assert bad.returncode == 2 and "--retry" in bad.stderr  # started again, it would fail again
-    assert sweeps.each_run(sweep) == []  # both have ended
+    command = ["python", "-m", "launch.sweep", f"--config={folder / 'sweep.py'}", f"--workdir={folder}/out", *words]
+    return described(command=command, shared_disk=True)
+
+
+def sent(job: Job) -> subprocess.CompletedProcess[str]:
+    return run_module(job.command[2], *job.command[3:], check=False, timeout=120)
+
+
+def test_each_run_of_a_sweep_trains_as_a_job_of_its_own(tmp_path: Path) -> None:
+    sweep = sweep_in(tmp_path)
+    good, bad = sweeps.each_run(sweep)
+    assert (good.command[-1], bad.command[-1]) == ("--only=learning_rate=0.001", "--only=learning_rate=1e30")
+    assert good.name != bad.name
+    done = sent(good)
+    assert done.returncode == 0, done.stderr
+    assert (Path(good.workdir) / "result.json").exists()
     assert not (tmp_path / "out" / ".lock").exists()  # the sweep's folder is left to others
-    unknown = run_module(*jobs[0].command[2:-1], "--only=rate", check=False)
+    assert sweeps.each_run(sweep) == [bad]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_sweep_that_fails_is_not_started_again(tmp_path: Path) -> None:
+    sweep = sweep_in(tmp_path)
+    _, bad = sweeps.each_run(sweep)
+    for _ in range(2):
+        done = sent(bad)
+        assert done.returncode == 2 and "--retry" in done.stderr  # started again, it would fail again
+    unknown = sent(dataclasses.replace(bad, command=(*bad.command[:-1], "--only=rate")))
     assert unknown.returncode == 2 and "learning_rate=0.001" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_that_cannot_be_listed_is_told() -> None:
     command = ["python", "-m", "launch.sweep", "--config=configs/tiny.py", "--workdir=gs://bucket/x"]
     with pytest.raises(UserError, match="declares no sweep"):

@@ -239,7 +239,8 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
 
     def job(seconds: float) -> Job:
         variables = (("SECONDS_TO_RUN", str(seconds)), ("WORDS", "two words; $HOME"))
-        return Job("lm", ("python", "-m", "launch.train"), "gs://b/x", slice_of("v6e-1"), environment=variables)
+        command = ("python", "-m", "launch.train")
+        return Job("lm", command, "gs://b/x", slice_of("v6e-1"), environment=variables, setup="echo fetched; cd ..")
 
     assert status() == "absent"
     on_worker(pod.start_command(job(60), "id"))
@@ -248,10 +249,10 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     wait_while("running")
     assert status() == "75"
     log = (tmp_path / "lm.log").read_text().splitlines()
-    assert len(log) == 2 and log[0] == log[1]
+    assert log[0] == "fetched" and log[:2] == log[2:]
     assert (
         "two words; $HOME -m launch.jobs.again --workdir=gs://b/x --job=id -- .venv/bin/python -m launch.train"
-        in log[0]
+        in log[1]
     )
     (tmp_path / "lm.status").unlink()
     wait_while("running")  # the shell that wrote it
