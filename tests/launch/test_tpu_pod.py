@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -232,10 +233,13 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     def status() -> str:
         return on_worker(pod.status_command()).split()[1]
 
-    def wait_while(word: str) -> None:
-        until = time.monotonic() + 10
-        while status() == word and time.monotonic() < until:
+    def wait_while(holds: Callable[[], bool]) -> None:
+        until = time.monotonic() + 20
+        while holds() and time.monotonic() < until:
             time.sleep(0.05)
+
+    def said() -> list[str]:
+        return (tmp_path / "lm.log").read_text().splitlines()
 
     def job(seconds: float) -> Job:
         variables = (("SECONDS_TO_RUN", str(seconds)), ("WORDS", "two words; $HOME"))
@@ -245,17 +249,18 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     assert status() == "absent"
     on_worker(pod.start_command(job(60), "id"))
     assert status() == "running"
+    wait_while(lambda: len(said()) < 2)
     on_worker(pod.start_command(job(0), "id"))  # stops the one that runs
-    wait_while("running")
+    wait_while(lambda: status() == "running")
     assert status() == "75"
-    log = (tmp_path / "lm.log").read_text().splitlines()
+    log = said()
     assert log[0] == "fetched" and log[:2] == log[2:]
     assert (
         "two words; $HOME -m launch.jobs.again --workdir=gs://b/x --job=id -- .venv/bin/python -m launch.train"
         in log[1]
     )
     (tmp_path / "lm.status").unlink()
-    wait_while("running")  # the shell that wrote it
+    wait_while(lambda: status() == "running")  # the shell that wrote it
     assert status() == "gone"
 
 
