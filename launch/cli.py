@@ -104,7 +104,8 @@ def status(
 ) -> int:
     """The exit status of `main` on a command line (`argv[0]` is the program's name). See `run`."""
     logging.set_verbosity(logging.ERROR)  # what orbax and grain tell of their progress
-    words, theirs = [], []
+    words: list[str] = []
+    theirs: list[str] = []
     if command:
         argv, words, theirs = _apart(argv)
     if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", arg) for arg in argv[1:]):

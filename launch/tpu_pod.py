@@ -59,7 +59,7 @@ _WAITING = {
 def main(words: list[str], command: list[str]) -> int:
     if len(words) != 1 or words[0] not in VERBS:
         raise UserError(f"what is to be done? {', '.join(VERBS)}\nas python -m launch.tpu_pod up --name=..")
-    pod = Pod(FLAGS["name"].value, ZONE.value, PROJECT.value, SPOT.value, RESERVED.value)
+    pod = Pod(FLAGS["name"].value or "", ZONE.value, PROJECT.value, SPOT.value, RESERVED.value)
     if SPOT.value and RESERVED.value:
         raise UserError("--spot and --reserved: a slice is one or the other")
     verb = words[0]
@@ -185,7 +185,8 @@ class Watch:
         statuses = self._pod.statuses()
         what = verdict(statuses, self._job.slice.hosts)
         if what == "unreachable":
-            return self._unreachable(len(statuses))
+            self._unreachable(len(statuses))
+            return None
         if what == "wait":
             self._tell("running")
         elif what == "start":

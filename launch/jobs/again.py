@@ -65,7 +65,7 @@ def main(words: list[str], command: list[str]) -> int:
     host = _host() if HOST.value is None else HOST.value
     if host > 0:
         status = decide(child.run())
-        if status != DONE and not child.asked:
+        if status != DONE and not child.signals:
             time.sleep(_FIRST_SPEAKS_SECONDS)
         return status
     return _first_host(run_path(WORKDIR.value), JOB.value, child)
@@ -171,11 +171,11 @@ class Child:
     """The command, as a process that gets the signals of this one.
 
     Attributes:
-      asked: whether a signal has asked for an end.
+      signals: that have asked for an end.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.asked = False
+        self.signals: list[int] = []
         self._command = list(command)
         self._process: subprocess.Popen[bytes] | None = None
         self._parent = os.getpid()
@@ -184,20 +184,20 @@ class Child:
 
     def run(self) -> int:
         """Its exit status; the status of what was stopped where the end is asked for before it starts."""
-        if self.asked:
+        if self.signals:
             return AGAIN
         try:
             # In a session of its own, so that a signal to the whole group does not reach it twice.
             self._process = subprocess.Popen(self._command, start_new_session=True, preexec_fn=self._end_with_parent)
         except OSError as e:
             raise UserError(f"cannot run {self._command[0]}: {e.strerror}\nis the project installed here?") from e
-        if self.asked:  # between the question above and here
+        if self.signals:  # between the question above and here
             self._process.send_signal(signal.SIGTERM)
         return self._process.wait()
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.asked = True
+        self.signals.append(number)
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -94,16 +95,18 @@ def job_of(values: flags.FlagValues, command: Sequence[str], *, shared_disk: boo
     Raises:
       UserError: something that no machine could run; it is told here, before any is asked for.
     """
-    given = {name: values[name].value for name in ("slice", "nodes", "gpus", "gpu_type", "setup") if name in values}
+    given: dict[str, Any] = {
+        name: values[name].value for name in ("slice", "nodes", "gpus", "gpu_type", "setup") if name in values
+    }
     if given.get("slice") and given.get("gpus"):
         raise UserError(f"--slice={given['slice']} and --gpus={given['gpus']}: a job runs on one or the other")
     described = {key: value for key, value in given.items() if key != "slice" and value}
     job = Job(
-        name=_name(values["name"].value),
+        name=_name(values["name"].value or ""),
         command=tuple(_checked(command)),
         workdir=_workdir(command, shared_disk=shared_disk),
         slice=slice_of(given["slice"]) if given.get("slice") else None,
-        environment=tuple(_variable(text) for text in values["env"].value),
+        environment=tuple(_variable(text) for text in values["env"].value or []),
         **described,
     )
     if job.hosts > 1 and job.command[2] == "launch.sweep":

@@ -239,7 +239,8 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
             time.sleep(0.05)
 
     def said() -> list[str]:
-        return (tmp_path / "lm.log").read_text().splitlines()
+        log = tmp_path / "lm.log"
+        return log.read_text().splitlines() if log.exists() else []
 
     def job(seconds: float) -> Job:
         variables = (("SECONDS_TO_RUN", str(seconds)), ("WORDS", "two words; $HOME"))
