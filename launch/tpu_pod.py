@@ -112,7 +112,7 @@ def _plan(pod: Pod, job: Job, identity: str) -> int:
     print("# the code, on all workers")
     _do(pod.copy_commands(_CHECKOUT, _archives()))
     print("# run, on all workers; again when one says neither running nor 0")
-    _do([pod.start_command(job, identity), pod.status_command()])
+    _do([pod.start_command(job, identity), pod.status_command(job)])
     if not KEEP.value:
         print("# when all say 0")
         _do([pod.delete_command()])
@@ -127,6 +127,7 @@ class Watch:
         pod.create_command(job)  # refuses what the API does not serve before anything is asked
         self._pod, self._job, self._identity = pod, job, identity
         self._told = ""
+        self._seen = False  # whether the job was seen at work since this watch began
         self._failed = 0  # requests that were refused, one after the other
         self._trouble = 0  # looks that told nothing, likewise
 
@@ -182,8 +183,11 @@ class Watch:
     def _work(self) -> int | None:
         """What the workers say, and what follows from it."""
         assert self._job.slice is not None
-        statuses = self._pod.statuses()
+        statuses = self._pod.statuses(self._job)
         what = verdict(statuses, self._job.slice.hosts)
+        if what in ("final", "again") and not self._seen:
+            what = "start"  # an earlier watch's end: whoever starts this one may have mended the code
+        self._seen |= what in ("wait", "start")
         if what == "unreachable":
             self._unreachable(len(statuses))
             return None

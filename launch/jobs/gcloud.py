@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import zlib
 from pathlib import Path
 
 from launch.jobs import again, tools
@@ -112,15 +113,16 @@ class Pod:
         first = f"({job.setup}) && " if job.setup else ""
         run = f"{{ {first}{watched}; }} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
         return self.ssh_command(
-            f"{self._stop()}; rm -f {self.name}.status; cd {FOLDER} && {exports}"
+            f"{self._stop()}; rm -f {self.name}.status; echo {_mark(job)} > {self.name}.job; cd {FOLDER} && {exports}"
             f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}"
         )
 
-    def status_command(self) -> list[str]:
-        """Has every worker say an exit status, or how it stands."""
+    def status_command(self, job: Job) -> list[str]:
+        """Has every worker say the job's exit status, or how it stands; another job's is none."""
         n = self.name
+        other = f'[ "$(cat {n}.job 2> /dev/null)" != {_mark(job)} ]'
         alive = f"kill -0 -- -$(cat {n}.pid) 2> /dev/null"
-        ask = f"if [ -s {n}.status ]; then cat {n}.status; elif [ ! -f {n}.pid ]; then echo {ABSENT}; "
+        ask = f"if {other}; then echo {ABSENT}; elif [ -s {n}.status ]; then cat {n}.status; "
         return self.ssh_command(f"echo {_MARK} $({ask}elif {alive}; then echo {RUNNING}; else echo {GONE}; fi)")
 
     def log_command(self, *, follow: bool) -> list[str]:
@@ -160,14 +162,19 @@ class Pod:
         error = state.get("failedData", {}).get("error", {})
         return State(state.get("state", "UNKNOWN"), error.get("message", ""))
 
-    def statuses(self) -> list[str]:
-        """What the workers say, of those that could be reached; in no order."""
+    def statuses(self, job: Job) -> list[str]:
+        """What the workers say of the job, of those that could be reached; in no order."""
         try:
-            answer = tools.call(self.status_command())
+            answer = tools.call(self.status_command(job))
         except tools.ToolFailed:
             return []
         lines = [line.split() for line in answer.splitlines() if line.startswith(_MARK)]
         return [words[1] for words in lines if len(words) == 2]
+
+
+def _mark(job: Job) -> str:
+    """By which a worker knows a job from another under the same name."""
+    return f"{zlib.crc32(repr((job.command, job.environment, job.setup)).encode()):08x}"
 
 
 def verdict(statuses: list[str], hosts: int) -> str:

@@ -88,12 +88,20 @@ def test_what_no_start_can_better_ends_the_job_and_its_costs(
     tools: StandIns, capfd: pytest.CaptureFixture[str], status: str
 ) -> None:
     log = Answer(LOG, "3 starts made no new step\n")
-    tools.add("gcloud", state("ACTIVE"), workers("75", status), log, *willing(LOG))
+    said = [workers("running", "running"), workers("75", status)]
+    tools.add("gcloud", state("ACTIVE", None), *said, log, *willing(LOG))
     assert run("up") == 1
-    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [STATUS, LOG, DELETE]
+    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [STATUS, STATUS, LOG, DELETE]
     out, err = capfd.readouterr()
     assert "3 starts made no new step" in out
     assert f"ended with status {status}" in err.replace(f"{status}, 75", status).replace(f"75, {status}", status)
+
+
+def test_what_an_earlier_watch_left_on_a_kept_slice_is_started_again_with_the_code_of_now(tools: StandIns) -> None:
+    said = [workers("76", "75"), workers("0", "0")]
+    tools.add("gcloud", state("ACTIVE", None), *said, *willing())
+    assert run("up") == 0
+    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [STATUS, SCP, INSTALL, START, STATUS, DELETE]
 
 
 def test_a_worker_that_ssh_does_not_reach_is_tried_again(tools: StandIns, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,8 +238,8 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         )
         return done.stdout
 
-    def status() -> str:
-        return on_worker(pod.status_command()).split()[1]
+    def status(of: Job | None = None) -> str:
+        return on_worker(pod.status_command(of or now)).split()[1]
 
     def wait_while(holds: Callable[[], bool]) -> None:
         until = time.monotonic() + 20
@@ -247,11 +255,14 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         command = ("python", "-m", "launch.train")
         return Job("lm", command, "gs://b/x", slice_of("v6e-1"), environment=variables, setup="echo fetched; cd ..")
 
+    now = job(60)
     assert status() == "absent"
-    on_worker(pod.start_command(job(60), "id"))
+    on_worker(pod.start_command(now, "id"))
     assert status() == "running"
+    assert status(job(0)) == "absent"  # another job
     wait_while(lambda: len(said()) < 2)
-    on_worker(pod.start_command(job(0), "id"))  # stops the one that runs
+    now = job(0)
+    on_worker(pod.start_command(now, "id"))  # stops the one that runs
     wait_while(lambda: status() == "running")
     assert status() == "75"
     log = said()
