@@ -246,6 +246,10 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         while holds() and time.monotonic() < until:
             time.sleep(0.05)
 
+    def at_work(pid: int) -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
     def said() -> list[str]:
         log = tmp_path / "lm.log"
         return log.read_text().splitlines() if log.exists() else []
@@ -261,8 +265,9 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     assert status() == "running"
     assert status(job(0)) == "absent"  # another job
     wait_while(lambda: len(said()) < 2)
-    now = job(0)
+    now, first = job(0), int((tmp_path / "lm.pid").read_text())
     on_worker(pod.start_command(now, "id"))  # stops the one that runs
+    assert not at_work(first)
     wait_while(lambda: status() == "running")
     assert status() == "75"
     log = said()
