@@ -37,10 +37,10 @@ case $status in
     {final_cases}) echo "$SLURM_JOB_NAME: ended with status $status, and is not started again" ;;
     *)
         state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-        if [ "${{state:-RUNNING}}" != RUNNING ]; then  # scancel: what a person has ended must not come back
+        case $state in CANCELLED|COMPLETING)  # scancel: what a person has ended must not come back
             echo "$SLURM_JOB_NAME: stopped with status $status, not started again: the job is $state"
-            exit $status
-        fi
+            exit $status ;;
+        esac
         echo "$SLURM_JOB_NAME: stopped with status $status, starting again"
         if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
         echo "$SLURM_JOB_NAME: this cluster puts no job back into the queue: send it again, it goes on where it stopped"

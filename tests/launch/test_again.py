@@ -29,6 +29,11 @@ def _signals() -> Iterator[None]:
     yield
     for number, handler in old.items():
         signal.signal(number, handler)
+    while _started:
+        _started.pop().kill()  # of a test that failed; its command is asked to end
+
+
+_started: list[subprocess.Popen[bytes]] = []
 
 
 def watch(folder: Path, *command: str, job: str = "1", host: int = 0) -> int:
@@ -180,14 +185,16 @@ def test_a_store_that_does_not_answer_is_asked_again_and_then_ends_the_job(
 
 def watcher(folder: Path, *command: str, log: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "launch.jobs.again", f"--workdir={folder}", "--job=1", "--host=0", "--", *command]
-    return subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    with log.open("ab") as out:
+        _started.append(subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT))
+    return _started[-1]
 
 
-def wait_until(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(what: Callable[[], object], seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, f"not within {seconds} s"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def test_a_command_whose_watcher_is_killed_is_asked_to_end(tmp_path: Path) -> None:
@@ -238,16 +245,16 @@ def test_a_run_that_is_killed_and_stopped_goes_on_and_loses_no_step(tmp_path: Pa
     first = run.start()
     wait_until(lambda: run.committed() >= 7 or first.poll() is not None)
     kill_child_of(first)
-    assert first.wait(60) == again.AGAIN
+    assert first.wait(180) == again.AGAIN
     kept = run.committed()
     second = run.start()
     wait_until(lambda: run.committed() > kept or second.poll() is not None)
     second.send_signal(signal.SIGTERM)  # as a cluster does that takes the host away
-    assert second.wait(60) == again.AGAIN
+    assert second.wait(180) == again.AGAIN
     saved, done = run.committed(), run.steps()
     assert saved == done[-1] > kept  # it saved the step that it was at
     run.command.append(f"--config.train.steps={saved + 5}")
-    assert run.start().wait(60) == again.DONE
+    assert run.start().wait(180) == again.DONE
     assert run.steps() == list(range(1, saved + 6))
     assert f"start 2 of {again.MOST_STARTS}" not in run.log.read_text()
 
@@ -258,7 +265,7 @@ def test_a_run_that_is_killed_before_its_first_step_three_times_ends(tmp_path: P
     for _ in range(3):
         process = run.start()
         kill_child_of(process)
-        ended.append(process.wait(60))
+        ended.append(process.wait(180))
     assert ended == [again.AGAIN, again.AGAIN, again.FINAL]
     assert "3 starts made no new step" in run.log.read_text()
-    assert run.start().wait(60) == again.FINAL
+    assert run.start().wait(180) == again.FINAL

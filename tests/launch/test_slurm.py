@@ -67,9 +67,12 @@ def test_each_task_watches_the_command(tools: StandIns, script: Path) -> None:
     assert tools.calls("scontrol") == []
 
 
-@pytest.mark.parametrize("status", [again.AGAIN, 137, 143])
-def test_what_was_stopped_goes_back_into_the_queue(tools: StandIns, script: Path, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "state"), [(again.AGAIN, "RUNNING"), (again.AGAIN, "SIGNALING"), (137, "RUNNING"), (143, "")]
+)
+def test_what_was_stopped_goes_back_into_the_queue(tools: StandIns, script: Path, status: int, state: str) -> None:
     tools.add("srun", Answer("", status=status))
+    tools.add("squeue", Answer("--jobs=7", f"{state}\n"))
     done = start(script)
     assert done.returncode == 0 and "starting again" in done.stdout
     assert [call["words"] for call in tools.calls("scontrol")] == [["requeue", "7"]]
