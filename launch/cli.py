@@ -44,7 +44,7 @@ from lm_jax.errors import ConfigError, Failure, UserError
 USER_MISTAKE, FAILED = 2, 1
 MAX_LINES = 3
 
-Main = Callable[..., int | None]  # main(), main(config), or main(config, file)
+Main = Callable[..., int | None]  # main(), main(config), main(config, file), or main(words, command)
 
 
 class ConfigFile(NamedTuple):
@@ -61,7 +61,9 @@ class ConfigFile(NamedTuple):
     overrides: list[tuple[str, str | None]]
 
 
-def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False, file: bool = False) -> NoReturn:
+def run(
+    main: Main, flag_values: flags.FlagValues, *, config: bool = False, file: bool = False, command: bool = False
+) -> NoReturn:
     """Runs a launcher's `main` on this process's command line, and exits with what it returns (None is 0).
 
     Args:
@@ -69,9 +71,11 @@ def run(main: Main, flag_values: flags.FlagValues, *, config: bool = False, file
       flag_values: what it declares.
       config: whether it takes a config; `main` is handed its ConfigDict,
       file: and the `ConfigFile` as well, where it declares more than a config.
+      command: whether it takes words before its flags, and behind `--` a command for somebody else to run; `main` is
+        handed both.
     """
     try:
-        code = status(main, flag_values, sys.argv, config=config, file=file)
+        code = status(main, flag_values, sys.argv, config=config, file=file, command=command)
     except Exception:
         if not _one_of_many():
             raise
@@ -90,10 +94,20 @@ def _one_of_many() -> bool:
 
 
 def status(
-    main: Main, flag_values: flags.FlagValues, argv: Sequence[str], *, config: bool = False, file: bool = False
+    main: Main,
+    flag_values: flags.FlagValues,
+    argv: Sequence[str],
+    *,
+    config: bool = False,
+    file: bool = False,
+    command: bool = False,
 ) -> int:
     """The exit status of `main` on a command line (`argv[0]` is the program's name). See `run`."""
     logging.set_verbosity(logging.ERROR)  # what orbax and grain tell of their progress
+    words: list[str] = []
+    theirs: list[str] = []
+    if command:
+        argv, words, theirs = _apart(argv)
     if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", arg) for arg in argv[1:]):
         print(usage(main, flag_values, config=config))
         return 0
@@ -107,7 +121,7 @@ def status(
             values = overridden(loaded, overrides)
             return (main(values, ConfigFile(spec, module, overrides)) if file else main(values)) or 0
         parse(flag_values, argv)
-        return main() or 0
+        return (main(words, theirs) if command else main()) or 0
     except UserError as mistake:
         lines = [line for line in str(mistake).splitlines() if line.strip()]
         print("\n".join(lines[:MAX_LINES]), file=sys.stderr, flush=True)
@@ -115,6 +129,14 @@ def status(
     except Failure as failure:
         print("\n".join(str(failure).splitlines()[:MAX_LINES]), file=sys.stderr, flush=True)
         return FAILED
+
+
+def _apart(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """A command line without them, the words in front of its flags, and the command behind `--`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    own = list(argv[1:end])
+    flags_from = next((i for i, word in enumerate(own) if word.startswith("-")), len(own))
+    return [argv[0], *own[flags_from:]], own[:flags_from], list(argv[end + 1 :])
 
 
 def usage(main: Main, flag_values: flags.FlagValues, *, config: bool) -> str:

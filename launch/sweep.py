@@ -46,6 +46,11 @@ NEXT_FLOPS = flags.DEFINE_float(
     "next_flops", None, "training FLOPs of the next config; None: ten times the largest budget", flag_values=FLAGS
 )
 
+ONLY = flags.DEFINE_string(
+    "only", None, "train this run alone: a job of its own, beside jobs for others", flag_values=FLAGS
+)
+MISSING = flags.DEFINE_bool("missing", False, "print the names of the runs that have not ended", flag_values=FLAGS)
+
 _ASSUMED_MFU = 0.4  # of a device's bf16 peak, for estimates of hours before there are runs to go by
 _TEXTS = "texts.json"  # fingerprints of the tokens that the sweep's runs read, by data config
 _OTHERS_SECONDS = 90.0  # how long a process that lost its sweep may take to save its run
@@ -73,8 +78,55 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
     if not WORKDIR.value:
         raise UserError("--workdir is missing: the sweep's folder (local, gs:// or s3://)")
     directory = run_path(WORKDIR.value)
+    if MISSING.value:
+        ended = _collect(plan.runs, _folders(plan.runs, directory))
+        for run in plan.runs:
+            if run.name not in ended:
+                print(run.name)
+        return 0
+    if ONLY.value is not None:
+        return _run_one(plan.runs, ONLY.value, directory, file, chosen)
     with lock(directory):
         return _run(plan.runs, directory, file, chosen)
+
+
+def _folders(runs: Sequence[Run], directory: epath.Path) -> dict[str, epath.Path]:
+    return {run.name: directory / "runs" / run.name for run in runs}
+
+
+def _run_one(runs: Sequence[Run], name: str, directory: epath.Path, file: cli.ConfigFile, chosen: str) -> int:
+    """Trains one run, and leaves the sweep's folder to others: no lock, no report. What has ended is left as it is.
+
+    Raises:
+      UserError: the sweep has no run of that name.
+      Failure: the run failed.
+    """
+    from lm_jax.config import did_you_mean
+    from lm_jax.scaling.display import Live
+    from lm_jax.scaling.pool import Pool, python
+
+    run = next((run for run in runs if run.name == name), None)
+    if run is None:
+        near = did_you_mean(name, [run.name for run in runs])
+        raise UserError(f"--only={name}: the sweep has no such run\n{near}")
+    folders = _folders([run], directory)
+    if not _collect([run], folders):
+        _wait_for_others(list(folders.values()))
+        slots, cores = _slots([run], _machine(chosen), whole=1)
+        pool = Pool(python("launch.worker"), [_job(run, folders[name], file)], slots, cores)
+        _work(pool, Live({name: run}, folders, pool, done=0))
+        _write_failures(pool, {name: run}, folders)
+        if pool.states[name].status not in ("finished", "failed"):
+            print(f"stopped before the end of {name}: the same command goes on", file=sys.stderr)
+            return runtime.NOT_FINISHED
+    outcome = _collect([run], folders)[name]
+    print(f"{name}: {outcome.status}")
+    if not outcome.finished:
+        # No start can better what has ended: a failed run is run once more by the sweep's own --retry.
+        raise UserError(
+            f"{name}: {outcome.reason}\nsee {folders[name]}/log.txt; --retry of the sweep runs it once more"
+        )
+    return 0
 
 
 def _declared(file: cli.ConfigFile, s: Sweep) -> Points:
@@ -98,7 +150,7 @@ def _run(runs: Sequence[Run], directory: epath.Path, file: cli.ConfigFile, chose
     from lm_jax.scaling.pool import Pool, python
     from lm_jax.scaling.reports import make as report
 
-    folders = {run.name: directory / "runs" / run.name for run in runs}
+    folders = _folders(runs, directory)
     outcomes = _collect(runs, folders)
     missing = [r for r in runs if r.name not in outcomes or (RETRY.value and not outcomes[r.name].finished)]
     if missing:

@@ -21,9 +21,10 @@ from flax.traverse_util import unflatten_dict
 
 from lm_jax.errors import ConfigError
 from lm_jax.paths import StorageError, is_local, make_directory, reason, storage_errors, sync_directory
-from lm_jax.training.checkpoint_reader import COMMITTED, CheckpointReader, Metadata, Restored, array_handler, to_stderr
+from lm_jax.training.checkpoint_reader import CheckpointReader, Metadata, Restored, array_handler, to_stderr
 from lm_jax.training.fingerprint import fingerprints
 from lm_jax.training.manifest import FORMAT, IDENTITY, Tree, describe, is_key, named_leaves, seal
+from lm_jax.training.steps import COMMITTED
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written to a disk
 TRASH = ".trash"  # where steps go to be deleted, so that none is ever half there under its own name

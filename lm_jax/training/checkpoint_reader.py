@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from lm_jax.errors import UserError
-from lm_jax.paths import StorageError, is_local, reason, storage_errors
+from lm_jax.paths import StorageError, reason, storage_errors
 from lm_jax.training.fingerprint import fingerprints
 from lm_jax.training.manifest import (
     FORMAT,
@@ -35,11 +35,11 @@ from lm_jax.training.manifest import (
     shorten,
     unseal,
 )
+from lm_jax.training.steps import numbered
 
 Metadata = dict[str, Any]
 
 ITEMS = ("state", "manifest", "metadata")
-COMMITTED = "commit_success.txt"  # the marker of a committed step on an object store
 
 
 class Restored(NamedTuple):
@@ -112,14 +112,8 @@ class CheckpointReader:
     # -------------------------------------------------------------------------------------------- which steps are there
 
     def _numbered(self) -> list[int]:
-        """All folders named by a step, newest first: whole, damaged or foreign. What was never committed is not among
-        them: on a disk it has another name, in an object store no marker."""
-        with storage_errors("read", self.directory):
-            names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
-            steps = sorted((int(n) for n in names if n.isdecimal() and str(int(n)) == n), reverse=True)
-            if is_local(self.directory):
-                return steps
-            return [step for step in steps if (self.directory / str(step) / COMMITTED).exists()]
+        """All folders named by a step, newest first. See `steps.numbered`."""
+        return numbered(self.directory)
 
     def _problem(self, step: int) -> str | None:
         """Why a step is not whole, as far as that shows without reading the arrays."""

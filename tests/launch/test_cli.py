@@ -282,3 +282,30 @@ def test_an_unknown_error_ends_one_of_many_at_once(
     with pytest.raises(SystemExit, match="at once: 1"):
         cli.run(lambda: 0, flags.FlagValues())
     assert "RuntimeError: a fault" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "command"),
+    [
+        (["x"], [], []),
+        (
+            ["x", "up", "--n=3", "--", "python", "-m", "y", "--n=4", "--", "z"],
+            ["up"],
+            ["python", "-m", "y", "--n=4", "--", "z"],
+        ),
+        (["x", "--n=3", "--"], [], []),
+    ],
+)
+def test_words_in_front_and_a_command_behind_are_kept_apart(
+    argv: list[str], words: list[str], command: list[str]
+) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_integer("n", 3, "a number", flag_values=values)
+    seen = []
+
+    def main(*given: list[str]) -> None:
+        seen.extend(given)
+
+    assert cli.status(main, values, argv, command=True) == 0
+    assert seen == [words, command] and values["n"].value == 3
+    assert cli.status(main, values, ["x", "--n=3", "late"], command=True) == cli.USER_MISTAKE

@@ -17,7 +17,7 @@ from etils import epath
 
 from lm_jax.errors import ConfigError, UserError
 from lm_jax.paths import StorageError
-from lm_jax.training import checkpoint, checkpoint_reader
+from lm_jax.training import checkpoint, checkpoint_reader, steps
 from lm_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from lm_jax.training.checkpoint_reader import CheckpointReader
 
@@ -386,12 +386,12 @@ def test_leftovers_of_a_killed_process_are_cleared(make: Callable[..., Checkpoin
 
 
 def test_object_stores_commit_by_a_marker(make: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (checkpoint, checkpoint_reader):
+    for module in (checkpoint, steps):
         monkeypatch.setattr(module, "is_local", lambda path: False)
     checkpointer = make(keep=2)
     _save(checkpointer, 1, 2, 3)
     assert checkpointer.steps() == [2, 3] and _folders(checkpointer) == {"2", "3"}
-    (checkpointer.directory / "3" / checkpoint_reader.COMMITTED).unlink()  # as killed before it was written
+    (checkpointer.directory / "3" / steps.COMMITTED).unlink()  # as killed before it was written
     assert checkpointer.latest == 2
     restored = make().restore(_tree(0))
     assert restored is not None and restored.step == 2
