@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.errors import ConfigError
-from lm_jax.models.linear import linear
+from lm_jax.models.linear import flattens, linear, rows
 from lm_jax.params import Initializer, ParamSpec, scaled_normal
+from lm_jax.sharding import out_sharding
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -68,8 +69,12 @@ def feed_forward_specs(c: FeedForwardConfig, out: Initializer) -> dict[str, Para
 def feed_forward(params: Params, x_BTD: Array, *, c: FeedForwardConfig, length: str = "length") -> Array:
     """`[B, T, D]` -> `[B, T, D]`, its length laid out by the logical name `length`."""
     kind = FEED_FORWARDS[c.feed_forward]
-    inner = [linear(x_BTD, params[name], ("features",), ("feed_forward",)) for name in kind.inputs]
-    return linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",), length)
+    # As rows from end to end: the gradients of what is inside then have its shape, and can take its place in memory.
+    flat = flattens(length)
+    x = rows(x_BTD, "features") if flat else x_BTD
+    inner = [linear(x, params[name], ("features",), ("feed_forward",)) for name in kind.inputs]
+    y = linear(kind.activation(*inner), params["down"], ("feed_forward",), ("features",), length)
+    return jax.lax.reshape(y, x_BTD.shape, out_sharding=out_sharding("batch", length, "features")) if flat else y
 
 
 @jax.custom_vjp

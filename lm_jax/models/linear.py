@@ -22,6 +22,19 @@ PRODUCT = "product"  # the name by which remat policies know what comes out of h
 Names = tuple[str | None, ...]
 
 
+def flattens(length: str = "length") -> bool:
+    """Whether `linear` to an outcome of this length flattens rows: not where batch and length are both split, since no
+    one axis would describe flattened rows."""
+    return axis_size("sequence") == 1 and (length == "length" or axis_size("tensor") == 1)
+
+
+def rows(x_BTI: Array, name: str | None) -> Array:
+    """`[B, T, I]`, I of a logical name, as the rows `[R, I]` of a product; `linear` takes and gives rows too."""
+    B, T, inputs = x_BTI.shape
+    x_BTI = constrain(x_BTI, "batch", None, name)
+    return jax.lax.reshape(x_BTI, (B * T, inputs), out_sharding=out_sharding("batch", name))
+
+
 def linear(x: Array, w: Array, inputs: Names, outputs: Names, length: str = "length") -> Array:
     """`x` times `w`, over the dimensions named in `inputs`.
 
@@ -30,19 +43,20 @@ def linear(x: Array, w: Array, inputs: Names, outputs: Names, length: str = "len
     third of its speed to such copies). Only the first of `inputs` and of `outputs` may be split over the mesh.
 
     Args:
-      x: `[B, T, *inputs]`.
+      x: `[B, T, *inputs]`; or rows `[R, I]`, where there is one input and one output.
       w: `[*inputs, *outputs]`, in the dtype of compute and whole over fsdp.
       inputs: the logical names of the dimensions that are summed over.
       outputs: the logical names of the dimensions that come out.
       length: the logical name of the outcome's length; what comes in is laid out as `length`.
 
     Returns:
-      `[B, T, *outputs]` in the dtype of `x`.
+      `[B, T, *outputs]`, or `[R, O]`, in the dtype of `x`.
     """
+    if x.ndim == 2:
+        return checkpoint_name(_product(x, w, inputs[0], outputs[0]), PRODUCT)
     (B, T), sizes_in, sizes_out = x.shape[:2], w.shape[: len(inputs)], w.shape[len(inputs) :]
     result = out_sharding("batch", length, *outputs)
-    # Batch and length both split: no one axis would describe flattened rows.
-    if axis_size("sequence") > 1 or (length != "length" and axis_size("tensor") > 1):
+    if not flattens(length):
         over = (tuple(range(2, x.ndim)), tuple(range(len(inputs))))
         return checkpoint_name(jax.lax.dot_general(x, w, (over, ((), ())), out_sharding=result), PRODUCT)
     x = constrain(x, "batch", None, *inputs)
