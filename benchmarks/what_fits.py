@@ -15,7 +15,7 @@ from lm_jax.config import assign, build
 from lm_jax.errors import UserError
 from lm_jax.preflight.chips import Target, target_of
 from lm_jax.preflight.verdict import Verdict, preflight
-from lm_jax.training.memory import FILL, fitting, need
+from lm_jax.training.memory import fitting, need
 from lm_jax.training.run import RunConfig
 
 MODELS = ("1b", "7b", "13b", "70b")
@@ -26,7 +26,7 @@ def cell(model: str, target: Target) -> tuple[str, Verdict]:
     """The flags that were needed, and the verdict."""
     values = load(f"configs/{model}.py")
     run = build(RunConfig, values).with_likely_vocab()
-    room = int(FILL * target.chip.memory)
+    room = target.chip.memory  # all of it: the compiler has the last word
     keys: dict[str, Any] = {}
     if run.train.batch_size % target.devices:  # a row a device at least
         assign(values, {"train.batch_size": target.devices})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -89,9 +89,10 @@ def _advice(run: RunConfig, target: Target, fits: bool) -> str:
     from lm_jax import costs
     from lm_jax.training.memory import AUTO, FILL, fastest_remat, need, with_remat
 
-    room = int(FILL * target.chip.memory)
     if not fits:
-        return "  by costs.py, " + remedy(run, target.devices, room, device=target.device, slices=target.slices)
+        where: dict[str, Any] = {"device": target.device, "slices": target.slices}
+        return "  by costs.py, " + remedy(run, target.devices, target.chip.memory, **where)
+    room = int(FILL * target.chip.memory)
     policy = fastest_remat(run, target.devices, room, target.device)
     if run.train.remat not in AUTO or AUTO.index(policy) >= AUTO.index(run.train.remat):
         return ""

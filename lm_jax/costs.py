@@ -179,7 +179,7 @@ def memory(
       `parameters`, `gradients`, `optimizer`, `activations` (kept for the backward pass), `working` (what the largest
       layer computes with: recomputed activations and temporaries; or the output's logits and gradient; or, where that
       is more than the activations that are gone by then, optimizer state that visits from the host; and what stands
-      beside each of them, see `_held`), `total`.
+      beside), `total`.
     """
     mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     specs = transformer_specs(c)
@@ -196,14 +196,19 @@ def memory(
         output = _output(c, mesh, shape)
         # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
         optimizer = tree_bytes(state, host=platform() == "cpu") - weights
-        held = _held(c, mesh, weights)
+        # What is there whatever layer the backward pass is at: the output's gradient, which is split over fsdp only in
+        # the end; and, before the loops over layers, all weights cast to a smaller dtype of compute.
+        whole = 4 * c.ids * c.embed // mesh.shape["tensor"]
+        beside = whole - whole // mesh.shape["fsdp"]
+        item = np.dtype(c.compute_dtype).itemsize
+        cast = weights * item // 4 if item < 4 else 0
     visiting = tree_bytes(state, host=True) - weights - optimizer
     need = {
         "parameters": weights,
         "gradients": gradients * (1 if microbatches == 1 else 2),
         "optimizer": optimizer,
         "activations": kept,
-        "working": held + max(working, output, visiting - kept),
+        "working": cast + max(working + beside, output, visiting - kept),
     }
     return need | {"total": sum(need.values())}
 
@@ -258,14 +263,16 @@ def _kept(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], rema
 
 @functools.cache
 def _largest(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], layout: Layout) -> int:
-    """Bytes on a device of the largest array that a forward and backward pass makes."""
+    """Bytes on a device of the largest array that a layer's forward and backward pass makes: not the table, which is
+    gathered before the first and behind the last of them."""
     forward, arguments = _forward(c, mesh, shape, "none", layout)
 
     def both(params: Tree, *rest: Any) -> Any:
         y, pull = jax.vjp(lambda p: forward(p, *rest), params)
         return pull(y)
 
-    return max(_bytes(v.aval) for v in _made(jax.make_jaxpr(both)(*arguments).jaxpr))
+    made = (v.aval for v in _made(jax.make_jaxpr(both)(*arguments).jaxpr))
+    return max(_bytes(a) for a in made if c.ids not in a.shape)
 
 
 def _made(jaxpr: Any) -> Iterator[Any]:
@@ -283,15 +290,6 @@ def _made(jaxpr: Any) -> Iterator[Any]:
             yield from _made(getattr(program, "jaxpr", program))
         if not inner:
             yield from (v for v in equation.outvars if id(v) not in passing)
-
-
-def _held(c: TransformerConfig, mesh: AbstractMesh, weights: int) -> int:
-    """Bytes on a device that are there while the layers' backward pass runs, whatever layer it is at: the output's
-    gradient, which is split over fsdp only in the end; all weights, cast to a smaller dtype of compute once before the
-    loops."""
-    output = 4 * c.ids * c.embed // mesh.shape["tensor"]
-    item = np.dtype(c.compute_dtype).itemsize
-    return output - output // mesh.shape["fsdp"] + (weights * item // 4 if item < 4 else 0)
 
 
 def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
