@@ -151,7 +151,7 @@ def test_nothing_to_learn_from_is_refused() -> None:
 def test_a_given_model_that_normalises_shows(tmp_path: Path) -> None:
     path = tmp_path / "their.model"
     path.write_bytes(given_model())
-    theirs = tokenizers.load_model(str(path), True)
+    theirs = tokenizers.open_path(str(path), True)
     assert theirs.boundary == 2 and theirs.vocab_size == theirs.processor.vocab_size() and not theirs.exact
     assert theirs.decode(theirs.encode("the cat")) == "the cat"
     assert theirs.decode(theirs.encode("the  ①")) != "the  ①"
@@ -169,9 +169,9 @@ def test_a_given_model_without_sentence_ends_gets_one_more_id() -> None:
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*x\.model"):
-        tokenizers.load_model(str(tmp_path / "x.model"), True)
+        tokenizers.open_path(str(tmp_path / "x.model"), True)
     with pytest.raises(ConfigError, match="cannot be read"):
-        tokenizers.load_model(str(tmp_path / "missing.model"), True)
+        tokenizers.open_path(str(tmp_path / "missing.model"), True)
 
 
 def test_saved_and_loaded(tmp_path: Path, pieces: SentencePiece) -> None:
