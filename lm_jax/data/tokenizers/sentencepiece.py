@@ -152,7 +152,13 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, boundary: bool) -
 
 
 def train_model(
-    texts: Sequence[str], vocab_size: int, model_type: str, *, byte_fallback: bool = True, **options: object
+    texts: Sequence[str],
+    vocab_size: int,
+    model_type: str,
+    *,
+    byte_fallback: bool = True,
+    others: int = 0,
+    **options: object,
 ) -> bytes:
     """A `.model` without normalisation, every space and line end kept.
 
@@ -161,6 +167,7 @@ def train_model(
       vocab_size: how many ids; fewer where the texts have not so many pieces.
       model_type: "bpe" or "unigram".
       byte_fallback: whether what is not among its pieces is spelt in bytes; else it is unknown.
+      others: how many of the ids `options` give to further symbols.
       options: more of the trainer's own.
 
     Raises:
@@ -168,7 +175,7 @@ def train_model(
     """
     import sentencepiece
 
-    model, others = _Writer(), (256 if byte_fallback else 0) + 2
+    model, given = _Writer(), (256 if byte_fallback else 0) + 2 + others
     settings: dict[str, object] = dict(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -186,7 +193,7 @@ def train_model(
         num_threads=2,  # stands in the model's bytes, so a fixed number
         minloglevel=2,
     )
-    parts = frequent_parts(texts, (vocab_size - others) // 2)
+    parts = frequent_parts(texts, (vocab_size - given) // 2)
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=parts, model_writer=model, **settings | options)
     except RuntimeError as error:
