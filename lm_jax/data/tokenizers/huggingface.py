@@ -119,6 +119,12 @@ class HuggingFace(Tokenizer):
     def bytes_of(self, token: int) -> int:
         return len(self.decode([token]).encode("utf-8")) if self._bytes is None else len(self._bytes[token])
 
+    def bytes_for(self, token: int) -> bytes:
+        """The bytes that an id of an exact tokenizer stands for."""
+        if self._bytes is None:
+            raise ValueError("the pieces of this tokenizer are no bytes")
+        return self._bytes[token]
+
     def files(self) -> dict[str, bytes]:
         description = describe(kind=self.kind, boundary=self.boundary is not None, model=digest(self.content))
         return {DESCRIPTION: description, JSON: self.content}
