@@ -125,10 +125,12 @@ def _train_huggingface(texts: Sequence[str], c: Training, advance: Callable[[int
     else:
         made = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
         last, made.decoder = cutters.BertPreTokenizer(), tokenizers.decoders.WordPiece(cleanup=False)
-        settings = {"special_tokens": [*special, UNKNOWN]}
-        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=size, show_progress=False, **settings)
         # Every character has two pieces, within a word and at its beginning: no more than half of the ids are for them.
         texts = list(frequent_parts(texts, (size - len(special)) // 4))
+        # Named first, they have the same ids each time: the trainer itself takes them in the order of a hash table.
+        alphabet = sorted({c for text in texts for c in text if not c.isspace()})
+        settings = {"special_tokens": [*special, UNKNOWN, *alphabet, *(f"##{c}" for c in alphabet)]}
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=size, show_progress=False, **settings)
     made.pre_tokenizer = cutters.Sequence([*digits, last])
 
     def read() -> Iterator[str]:
@@ -137,10 +139,10 @@ def _train_huggingface(texts: Sequence[str], c: Training, advance: Callable[[int
             advance(len(text))
 
     made.train_from_iterator(read(), trainer)
-    # Unknown is what a text may hold, not a mark: it must not count as special.
+    # Unknown and characters are what a text may hold, not marks: they must not count as special.
     values = json.loads(made.to_str())
     first = max(values["model"]["vocab"].values()) + 1
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != UNKNOWN]
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] in special]
     values["added_tokens"] += [_run(n, first + i) for i, n in enumerate(c.runs)]
     return HuggingFace(json.dumps(values, ensure_ascii=False).encode("utf-8"))
 
