@@ -63,7 +63,7 @@ def main() -> int:
     rows = [measure(name, t, "held out", held_out) for name, t in (("before", old), ("extended", extended.tokenizer))]
     print(table(rows))
     if OUT_WORKDIR.value is not None:
-        _grow(trained, old, extended, str(out))
+        _grow(trained, old, extended, str(out), OUT_WORKDIR.value)
     return 0
 
 
@@ -71,7 +71,7 @@ def _old() -> tuple[Any, Any]:
     """The tokenizer to extend and, of a run, the model."""
     from lm_jax.data.tokenizers import open_path
 
-    if WORKDIR.value is None:
+    if TOKENIZER.value is not None:
         return open_path(TOKENIZER.value, True, "--tokenizer"), None
     import jax
 
@@ -81,11 +81,11 @@ def _old() -> tuple[Any, Any]:
 
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        trained = load_trained(run_path(WORKDIR.value), mesh)
+        trained = load_trained(run_path(WORKDIR.value or ""), mesh)
     return trained.tokenizer, trained
 
 
-def _grow(trained: Any, old: Any, extended: Any, name: str) -> None:
+def _grow(trained: Any, old: Any, extended: Any, name: str, out_workdir: str) -> None:
     import jax
 
     from lm_jax.errors import UserError
@@ -94,12 +94,12 @@ def _grow(trained: Any, old: Any, extended: Any, name: str) -> None:
     from lm_jax.training.checkpoint_reader import CheckpointReader
     from lm_jax.training.grow import grown, save_grown
 
-    out = run_path(OUT_WORKDIR.value)
+    out = run_path(out_workdir)
     if (out / "checkpoints").exists():
         raise UserError(f"--out_workdir: {out} is a run already\ngive another folder")
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        metadata = CheckpointReader(run_path(WORKDIR.value) / "checkpoints").read_metadata(trained.step)
+        metadata = CheckpointReader(run_path(WORKDIR.value or "") / "checkpoints").read_metadata(trained.step)
         params, model = grown(trained.params, trained.config.model, old.vocab_size, extended.spelt, mesh)
         save_grown(out, metadata, params, model, extended.tokenizer, name)
     print(f"a model of {model.ids:,} ids in {out}: train on from it with --config.train.init_from={out}")

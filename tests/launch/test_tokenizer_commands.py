@@ -17,13 +17,16 @@ from lm_jax.config import build
 from lm_jax.data.tokenizers import open_path
 from lm_jax.errors import UserError
 from lm_jax.models import transformer
+from lm_jax.models.transformer import transformer_specs
 from lm_jax.objectives.next_token import next_token
 from lm_jax.sharding import one_device_mesh
-from lm_jax.training import loop
+from lm_jax.training import grow, loop
 from lm_jax.training.run import RunConfig
 from lm_jax.training.trained import load_trained
 from tests.data.test_tokenizer_extension import chinese
 from tests.support.small_run import get_config, write_text
+
+EMPTY: dict[str, Any] = {"blocks": {}, "final_norm": {}}
 
 
 def command(module: ModuleType, *arguments: str) -> int:
@@ -61,11 +64,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_grows_with_its_vocabulary(
-    tied: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = small(folder / "text", folder / "tok", tmp_path / "cache", model__tied=tied)
+def test_tied_rows_grow_and_rows_to_spare_are_used() -> None:
+    c = transformer.TransformerConfig(vocab=12, embed=8, layers=1, heads=1, tied=True)
+    old = {"embedding": np.arange(96, dtype=np.float32).reshape(12, 8), "blocks": {}, "final_norm": {}}
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grow, "transformer_specs", lambda c: {"embedding": transformer_specs(c)["embedding"]} | EMPTY)
+        new, config = grow.grown(old, c, 10, [[0, 1], [2], [3, 4, 5]], mesh)
+    assert config.ids == 13 and set(new) == set(old)
+    table = np.asarray(new["embedding"])
+    np.testing.assert_array_equal(table[:10], old["embedding"][:10])
+    np.testing.assert_array_equal(table[10:], [old["embedding"][ids].mean(0) for ids in ([0, 1], [2], [3, 4, 5])])
+
+
+def test_a_model_grows_with_its_vocabulary(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = small(folder / "text", folder / "tok", tmp_path / "cache", model__tied=False)
     assert trained(first, tmp_path / "run") == loop.FINISHED
     wanted = [f"--source={folder / 'zh'}", "--add=60", f"--out={tmp_path / 'tok'}", "--held_out=0.2"]
     where = [f"--workdir={tmp_path / 'run'}", f"--out_workdir={tmp_path / 'grown'}"]
@@ -86,7 +99,7 @@ def test_a_model_grows_with_its_vocabulary(
     np.testing.assert_allclose(z_new[..., :310], z_old, rtol=1e-5, atol=1e-6)  # in other blocks of a matmul
     extension = json.loads((tmp_path / "tok" / extend_tokenizer.SPELT).read_text())
     assert extension["first"] == 310 and len(extension["spelt"]) == 60
-    for weights in ["embedding"] if tied else ["embedding", "output"]:
+    for weights in ["embedding", "output"]:
         before, after = (np.asarray(m.params[weights]) for m in (old, new))
         if weights == "output":
             before, after = before.T, after.T
@@ -94,7 +107,7 @@ def test_a_model_grows_with_its_vocabulary(
         for row, spelt in zip(after[310:], extension["spelt"], strict=True):
             np.testing.assert_allclose(row, before[spelt].mean(0), rtol=1e-6)
 
-    start = {"train__init_from": str(tmp_path / "grown"), "model__tied": tied}
+    start = {"train__init_from": str(tmp_path / "grown"), "model__tied": False}
     on = small(folder / "zh", tmp_path / "tok", tmp_path / "cache", **start)
     assert trained(on, tmp_path / "on") == loop.FINISHED
     with pytest.raises(UserError, match="was trained with another tokenizer"):

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,7 @@ def train_model(
     *,
     byte_fallback: bool = True,
     others: int = 0,
-    **options: object,
+    **options: Any,
 ) -> bytes:
     """A `.model` without normalisation, every space and line end kept.
 
@@ -176,7 +177,7 @@ def train_model(
     import sentencepiece
 
     model, given = _Writer(), (256 if byte_fallback else 0) + 2 + others
-    settings: dict[str, object] = dict(
+    settings: dict[str, Any] = dict(
         model_type=model_type,
         vocab_size=vocab_size,
         hard_vocab_limit=False,
