@@ -153,14 +153,15 @@ def learn_merges(
         taken.add(known[new])
         touched: set[tuple[int, int]] = set()
         for at in where.pop(pair):
-            for old in itertools.pairwise(spellings[at]):
-                often[old] -= counts[at]
-            spellings[at] = _merged(spellings[at], pair, new)
-            for fresh in itertools.pairwise(spellings[at]):
+            word = spellings[at]
+            spellings[at], gone, come = _merged(word, pair, new)
+            for i in gone:
+                often[word[i], word[i + 1]] -= counts[at]
+            for i in come:
+                fresh = spellings[at][i], spellings[at][i + 1]
                 often[fresh] += counts[at]
                 where[fresh].add(at)
-                if new in fresh:
-                    touched.add(fresh)
+                touched.add(fresh)
         for fresh in touched:
             if often[fresh] >= _LEAST and fits(fresh):
                 heapq.heappush(heap, (-often[fresh], fresh))
@@ -168,16 +169,22 @@ def learn_merges(
     return merges
 
 
-def _merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    out, i = [], 0
+def _merged(word: list[int], pair: tuple[int, int], new: int) -> tuple[list[int], list[int], list[int]]:
+    """The word with the pair merged; where pairs begin that are gone from the old word, and come in the new one."""
+    out: list[int] = []
+    gone: set[int] = set()
+    come: set[int] = set()
+    i = 0
     while i < len(word):
-        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
+        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
+            gone |= {i - 1, i, i + 1}
+            come |= {len(out) - 1, len(out)}
             out.append(new)
             i += 2
         else:
             out.append(word[i])
             i += 1
-    return out
+    return out, [i for i in gone if 0 <= i < len(word) - 1], [i for i in come if 0 <= i < len(out) - 1]
 
 
 def _words(
