@@ -22,7 +22,7 @@ from lm_jax.data.tokenizers.huggingface import ALPHABET
 from lm_jax.data.tokenizers.tiktoken import write_ranks
 from lm_jax.data.tokenizers.train import END, Training, train
 
-BYTES, LEARN, ROUNDS = 12 * 10**6, 4 * 10**6, 9
+BYTES, LEARN, ROUNDS = 6 * 10**6, 2 * 10**6, 9
 
 
 def main() -> None:

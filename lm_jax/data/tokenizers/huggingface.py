@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.data.cache import digest
-from lm_jax.data.tokenizers.tokenizer import DESCRIPTION, Tokenizer, describe, ignore, refuse_surrogates, slabs
+from lm_jax.data.tokenizers.tokenizer import DESCRIPTION, Tokenizer, describe, ignore, refuse_surrogates
 from lm_jax.errors import UserError
 
 JSON = "huggingface.json"
@@ -100,14 +100,11 @@ class HuggingFace(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], advance: Callable[[int], None] = ignore) -> list[np.ndarray]:
-        out: list[np.ndarray] = []
-        for slab in slabs(enumerate(texts)):
-            group = [text for _, text in slab]
-            for text in group:
-                refuse_surrogates(text)
-            for encoding in self.library.encode_batch_fast(group, add_special_tokens=False):
-                out.append(np.array(encoding.ids, np.int32))
-            advance(sum(map(len, group)))
+        for text in texts:
+            refuse_surrogates(text)
+        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        out = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        advance(sum(map(len, texts)))
         return out
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -24,6 +24,9 @@ SPACE = "▁"  # how sentencepiece writes a space: it cannot tell the two apart,
 _UNLEARNT = "\t\0▅" + SPACE  # characters that sentencepiece's trainer keeps for itself: spelt in bytes
 
 
+_THREADS = os.cpu_count() or 1
+
+
 class SentencePiece(Tokenizer):
     """A sentencepiece model (Kudo and Richardson 2018).
 
@@ -93,11 +96,11 @@ class SentencePiece(Tokenizer):
         # The texts' parts, each with the number of its text, in slabs of even work for the threads.
         out: list[list[np.ndarray]] = [[] for _ in texts]
         for slab in slabs((i, part) for i, text in enumerate(texts) for part in self._parts(text)):
-            encoded = self.processor.encode([part for _, part in slab], num_threads=os.cpu_count() or 1)
+            encoded = self.processor.encode([part for _, part in slab], num_threads=_THREADS, out_type="numpy")
             for (i, part), ids in zip(slab, encoded, strict=True):
-                out[i].append(np.array(self._space if self._space and part == SPACE else ids, np.int32))
+                out[i].append(np.array(self._space, np.int32) if self._space and part == SPACE else ids)
             advance(sum(len(part) for _, part in slab))
-        return [np.concatenate(pieces) if pieces else np.zeros(0, np.int32) for pieces in out]
+        return [np.concatenate(pieces, dtype=np.int32) if pieces else np.zeros(0, np.int32) for pieces in out]
 
     def _parts(self, text: str) -> Iterator[str]:
         """A text in parts of bounded size, cut after a line's end where there is one, and around each `SPACE`."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from lm_jax.data.cache import digest
 from lm_jax.data.tokenizers.huggingface import ENDS
-from lm_jax.data.tokenizers.tokenizer import DESCRIPTION, Tokenizer, describe, ignore, refuse_surrogates, slabs
+from lm_jax.data.tokenizers.tokenizer import DESCRIPTION, Tokenizer, describe, ignore, refuse_surrogates
 from lm_jax.errors import UserError
 
 RANKS = "ranks.tiktoken"
@@ -145,9 +145,9 @@ class Tiktoken(Tokenizer):
     def encode_batch(self, texts: Sequence[str], advance: Callable[[int], None] = ignore) -> list[np.ndarray]:
         out: list[np.ndarray] = []
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:  # the library lets go of the lock
-            for slab in slabs(enumerate(texts)):
-                out += threads.map(self.encode, [text for _, text in slab])
-                advance(sum(len(text) for _, text in slab))
+            for text, ids in zip(texts, threads.map(self.encode, texts), strict=True):
+                out.append(ids)
+                advance(len(text))
         return out
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
