@@ -73,7 +73,7 @@ def picture(rows: Sequence[Measured]) -> bytes:
 
     names, texts = (list(dict.fromkeys(getattr(r, part) for r in rows)) for part in ("tokenizer", "text"))
     found = {(r.tokenizer, r.text): r for r in rows}
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     axes: Any = figure.subplots(1, 2)
     places, width = np.arange(len(texts)), 0.8 / len(names)
     for axis, (key, label) in zip(
@@ -86,7 +86,7 @@ def picture(rows: Sequence[Measured]) -> bytes:
         axis.set(ylabel=label)
         axis.set_xticks(places, texts)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
