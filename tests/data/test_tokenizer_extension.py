@@ -107,8 +107,8 @@ def test_an_extension_repeats_itself_and_can_be_extended(pairs: dict[str, tuple[
 
 
 def test_a_piece_begins_with_what_only_these_scripts_have() -> None:
-    """For every character: its first two bytes tell whether it is in `SCRIPTS`."""
-    for code in [*range(0xD800), *range(0xE000, 0x110000)]:
+    """Its first two bytes tell whether a character is in `SCRIPTS`: for both ends of every block of 64."""
+    for code in (c for c in range(0x110000) if c % 64 in (0, 63) and not 0xD800 <= c < 0xE000):
         inside = any(a <= code <= b for a, b in SCRIPTS)
         assert begins_in_scripts(chr(code).encode()[:2]) == inside, hex(code)
     for piece in (b"", b"a", b"\xe4", b"\x80\x9c", b" \xe4\xb8"):
@@ -144,3 +144,12 @@ def test_a_report_has_the_numbers(pairs: dict[str, tuple[Tokenizer, Extended]]) 
     assert table([row]).splitlines()[1].split()[:4] == ["bytes", "x", "257", "11"]
     lossy = measure("w", learnt(kind="wordpiece", vocab_size=900), "x", ["a  b"])
     assert not lossy.unchanged and "alters text" in table([lossy])
+
+
+def test_the_penalty_of_the_unknown_stays_in_a_unigram_model(pairs: dict[str, tuple[Tokenizer, Extended]]) -> None:
+    """The library takes it from the lowest score of all pieces."""
+    lowest = []
+    for tokenizer in (pairs["unigram"][0], pairs["unigram"][1].tokenizer):
+        assert isinstance(tokenizer, SentencePiece)
+        lowest.append(min(p.score for p in model_file.pieces(tokenizer.model) if p.type == model_file.NORMAL))
+    assert lowest[0] == lowest[1]
