@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_jax.data.tokenizers import Bytes, HuggingFace, Tiktoken, Tokenizer
+from lm_jax.data.tokenizers import Bytes, HuggingFace, SentencePiece, Tiktoken, Tokenizer, model_file
 from lm_jax.data.tokenizers import extend as module
 from lm_jax.data.tokenizers.extend import SCRIPTS, Extended, begins_in_scripts, extend
 from lm_jax.data.tokenizers.report import coverage, measure, table
