@@ -152,6 +152,7 @@ class _Job:
 
     writer: Writer
     bad: str  # refuse or drop
+    refuse_altered: bool
     dropped: collections.Counter[str]
     held_out: list[bool] = dataclasses.field(default_factory=list)  # of the documents that were written
     bytes: list[int] = dataclasses.field(default_factory=list)
@@ -159,20 +160,27 @@ class _Job:
     tokens_in: int = 0
     tokens_dropped: int = 0
     altered: int = 0
+    first_altered: str = ""
 
     def drop(self, reason: str, tokens: int) -> None:
         self.dropped[reason] += 1
         self.tokens_dropped += tokens
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: str = "accept") -> None:
     """Writes every document's ids, a boundary before and after each where the tokenizer has one, as a store.
 
+    Args:
+      corpus: the documents.
+      tokenizer: what makes ids of them.
+      directory: of the store.
+      altered: "refuse" stops at the first document that the ids do not give back, "accept" counts them.
+
     Raises:
-      UserError: names the file of a text that the tokenizer cannot encode.
+      UserError: names the file of a text that the tokenizer cannot encode, or does not give back.
     """
     writer = Writer(directory, tokenizer.vocab_size)
-    job = _Job(writer, corpus.policy.bad, collections.Counter(corpus.dropped))
+    job = _Job(writer, corpus.policy.bad, altered == "refuse", collections.Counter(corpus.dropped))
     with Progress("tokenising", corpus.length) as progress:
         for batch in _batches(zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)):
             _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
@@ -216,7 +224,29 @@ def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: T
             job.bytes.append(size)
             # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
             job.predicted_bytes.append(size if edge else size - tokenizer.bytes_of(int(ids[0])))
-            job.altered += not tokenizer.exact and tokenizer.decode(inner) != document.text
+            if not tokenizer.exact and (back := tokenizer.decode(inner)) != document.text:
+                difference = first_difference(document.text, back)
+                if job.refuse_altered:
+                    raise altered_document(document.origin, difference)
+                job.altered += 1
+                job.first_altered = job.first_altered or f"{document.origin}: {difference}"
+
+
+def first_difference(text: str, back: str) -> str:
+    """Where what came back is first another text than the one that was encoded."""
+    pairs = enumerate(zip(text, back, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+    there, instead = text[at : at + 12], back[at : at + 12]
+    return f"character {at:,}, {there!r}, comes back as {instead!r}"
+
+
+def altered_document(origin: str, difference: str) -> UserError:
+    """What is said of a text that a tokenizer does not give back."""
+    return UserError(
+        f"{origin}: the tokenizer does not give the text back: {difference}\n"
+        "use a tokenizer that does (byte-level, or with byte fallback and without normalisation), or set\n"
+        'data.altered_documents="accept" to train on such text and count it'
+    )
 
 
 def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[np.ndarray]:
@@ -242,6 +272,7 @@ def _manifest(job: _Job) -> dict[str, Any]:
         return {side: int(np.asarray(values, np.int64)[mask].sum()) for side, mask in sides.items()}
 
     return {
+        **({"altered": job.first_altered} if job.altered else {}),
         "format": 1,
         "documents": {**{side: int(mask.sum()) for side, mask in sides.items()}, "altered": job.altered},
         "dropped": dict(sorted(job.dropped.items())),

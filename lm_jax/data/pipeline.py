@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lm_jax.data import cache, tokenizers
-from lm_jax.data.corpus import Corpus, tokenise
+from lm_jax.data.corpus import Corpus, altered_document, tokenise
 from lm_jax.data.packing import PACKINGS, Plan
 from lm_jax.data.sources import EMBEDDED, SUFFIXES, Files, Policy, find_files
 from lm_jax.data.store import Store, whole
@@ -34,7 +34,8 @@ class DataConfig:
         that name).
       field: the field of a `.jsonl` line, or the column of a `.parquet` file, that holds the text.
       tokenizer: "bytes"; "characters" (those of the source); "sentencepiece" (learnt from the source on first use);
-        or the path of a `.model` file.
+        or the path of one that is there already: a folder that launch.train_tokenizer wrote, a `.model` file of
+        sentencepiece, a `tokenizer.json` of Hugging Face, a `.tiktoken` file.
       vocab_size: ids of a "sentencepiece" tokenizer; the others have their own.
       boundary: whether a boundary token stands before and after every document.
       held_out: the share of documents that is never trained on, by a stable hash of their text; of a source with a
@@ -46,6 +47,8 @@ class DataConfig:
       max_epochs: the most passes over the source that a run may ask for.
       bad_documents: "refuse" stops at what cannot be a document (bad UTF-8, a broken line, no text in the field, too
         large), "drop" leaves it out and counts it.
+      altered_documents: what is done with a document that the tokenizer does not give back unchanged: "refuse" stops at
+        the first, "accept" counts them.
       max_document_bytes: the largest document; a document is encoded in memory, in some 15 times its size.
       cache: where tokenizers and tokens are kept; None is $LM_JAX_CACHE, else ~/.cache/lm_jax.
       threads: threads that read rows.
@@ -61,6 +64,7 @@ class DataConfig:
     truncate: bool = False
     max_epochs: int = 8
     bad_documents: Literal["refuse", "drop"] = "refuse"
+    altered_documents: Literal["refuse", "accept"] = "refuse"
     max_document_bytes: int = 2**28
     cache: str | None = None
     threads: int = 2
@@ -71,14 +75,12 @@ class DataConfig:
             raise ConfigError("data.source", "is empty", f'give a file, a directory or a glob, or "{EMBEDDED}"')
         if not self.field:
             raise ConfigError("data.field", "is empty", 'give the field that holds the text, such as "text"')
-        if self.tokenizer not in tokenizers.NAMES and not self.tokenizer.endswith(".model"):
+        if self.tokenizer not in tokenizers.NAMES and not tokenizers.is_path(self.tokenizer):
             near = difflib.get_close_matches(self.tokenizer, tokenizers.NAMES, n=1)
-            hint = (
-                f"did you mean {near[0]}?"
-                if near
-                else f"give {', '.join(tokenizers.NAMES)} or the path of a .model file"
+            known = f"give {', '.join(tokenizers.NAMES)} or the path of a tokenizer"
+            raise ConfigError(
+                "data.tokenizer", f"{self.tokenizer!r} is unknown", f"did you mean {near[0]}?" if near else known
             )
-            raise ConfigError("data.tokenizer", f"{self.tokenizer!r} is unknown", hint)
         if self.tokenizer == "sentencepiece" and not SMALLEST_VOCABULARY <= self.vocab_size <= 2**20:
             remedy = f"give {SMALLEST_VOCABULARY} to {2**20}: 256 are for bytes"
             raise ConfigError("data.vocab_size", f"{self.vocab_size} is no size of a vocabulary", remedy)
@@ -93,6 +95,10 @@ class DataConfig:
             raise ConfigError("data.truncate", problem)
         if self.bad_documents not in ("refuse", "drop"):
             raise ConfigError("data.bad_documents", f"{self.bad_documents!r} is unknown", "give refuse or drop")
+        if self.altered_documents not in ("refuse", "accept"):
+            raise ConfigError(
+                "data.altered_documents", f"{self.altered_documents!r} is unknown", "give refuse or accept"
+            )
         for name in ("max_epochs", "max_document_bytes", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}", f"{getattr(self, name)} is too small", "give 1 or more")
@@ -176,6 +182,7 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
     files = find_files(config.source)
     directory = _entry(config, files, config.held_out, None)
     store, tokenizer = Store(directory), tokenizers.load(directory)
+    _check_altered(store.manifest, config, files.label)
     held = _text_set(store, "held_out", length, None, files.label) if config.held_out > 0 else None
     train = _text_set(store, "train", length, seed, files.label, config)
     return Prepared(
@@ -206,6 +213,7 @@ def prepare_evaluation(
     """
     files = find_files(source, key)
     store = Store(_entry(config, files, 0.0, tokenizer))
+    _check_altered(store.manifest, config, files.label)
     for note in _notes(store.manifest, files.ignored, tokenizer, None):
         print(f"{files.label}: {note}", file=sys.stderr)
     return _text_set(store, "train", length, None, files.label)
@@ -223,8 +231,8 @@ def _entry(config: DataConfig, files: Files, share: float, tokenizer: Tokenizer 
     """
     root = cache.cache_root(config.cache)
     contents = cache.content_hashes(files.paths, root)
-    if tokenizer is None and config.tokenizer.endswith(".model"):
-        tokenizer = tokenizers.load_model(config.tokenizer, config.boundary)
+    if tokenizer is None and config.tokenizer not in tokenizers.NAMES:
+        tokenizer = tokenizers.open_path(config.tokenizer, config.boundary)
     trained = config.vocab_size if config.tokenizer == "sentencepiece" else None
     settings = {
         "format": FORMAT,
@@ -236,9 +244,15 @@ def _entry(config: DataConfig, files: Files, share: float, tokenizer: Tokenizer 
 
     def build(directory: Path) -> None:
         corpus = Corpus(files, config.policy, share)
-        tokenise(corpus, tokenizer or _learn(config, corpus), directory)
+        tokenise(corpus, tokenizer or _learn(config, corpus), directory, altered=config.altered_documents)
 
     return cache.entry(root, cache.digest(json.dumps(settings, sort_keys=True)), build, whole)
+
+
+def _check_altered(manifest: dict[str, Any], config: DataConfig, label: str) -> None:
+    """Refuses tokens that were made while altered documents were accepted, where they are not."""
+    if config.altered_documents == "refuse" and manifest["documents"]["altered"]:
+        raise altered_document(label, manifest.get("altered", "some document does not come back"))
 
 
 def _learn(config: DataConfig, corpus: Corpus) -> Tokenizer:
@@ -287,9 +301,11 @@ def _notes(manifest: dict[str, Any], ignored: int, tokenizer: Tokenizer, config:
         notes.append(f"passed over {_count(ignored, 'file')} of other kinds than {', '.join(SUFFIXES)}")
     if altered := manifest["documents"]["altered"]:
         notes.append(
-            f"the tokenizer does not give {_count(altered, 'document')} back unchanged: it normalises text or has no "
-            "bytes to fall back on; bits per byte count the original bytes"
+            f"the tokenizer does not give {_count(altered, 'document')} back unchanged; "
+            "bits per byte count the original bytes"
         )
+    if config and config.tokenizer not in tokenizers.NAMES and tokenizer.caveat:
+        notes.append(f"{config.tokenizer} may alter text: {tokenizer.caveat}")
     if config and config.tokenizer == "sentencepiece" and tokenizer.vocab_size < config.vocab_size:
         notes.append(
             f"the text is too small for {config.vocab_size:,} pieces: the vocabulary is {tokenizer.vocab_size:,}"

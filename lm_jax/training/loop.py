@@ -168,6 +168,7 @@ def _start(
         about = [*about, *_check_same_run(done, config, data)]
     elif config.train.init_from is not None:
         reader = CheckpointReader(paths.run_path(config.train.init_from) / "checkpoints", _tell)
+        _check_same_ids(reader.read_metadata(), config, data)
         other = reader.restore_params(program.abstract.params, ema=True)
         about = [*about, f"starting from the weights of {config.train.init_from}, checkpoint {other.step}"]
     data.check_epochs(done["rows"] + (config.train.total_steps - done["step"]) * config.train.batch_size)
@@ -180,6 +181,17 @@ def _start(
     if other is None:
         return state, 0, 0
     return program.starting_from(state, other.tree), 0, 0
+
+
+def _check_same_ids(metadata: dict[str, Any], config: RunConfig, data: Prepared) -> None:
+    """Raises UserError where another run's weights know other ids than those of this run's text."""
+    if metadata["identity"]["tokenizer"] == data.tokenizer.fingerprint or "tokenizer" in config.checkpoint.accept:
+        return
+    raise UserError(
+        f"{config.train.init_from} was trained with another tokenizer: its weights know other ids than this text has\n"
+        "set data.tokenizer to that run's, grow its vocabulary (launch.extend_tokenizer), or take the weights all the\n"
+        'same with checkpoint.accept = ("tokenizer",)'
+    )
 
 
 def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:

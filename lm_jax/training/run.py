@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from lm_jax.data.pipeline import DataConfig
+from lm_jax.data.tokenizers import is_path, open_path
 from lm_jax.errors import ConfigError
 from lm_jax.models.transformer import REMAT, TransformerConfig
 from lm_jax.sharding import MeshConfig
@@ -158,7 +159,10 @@ class RunConfig:
         """The config with the vocabulary that its tokenizer will have, as far as that is known before there is one."""
         if self.model.vocab is not None:
             return self
-        return self.with_vocab(self.data.vocab_size if self.data.tokenizer == "sentencepiece" else _OF_BYTES)
+        data = self.data
+        if is_path(data.tokenizer):
+            return self.with_vocab(open_path(data.tokenizer, data.boundary).vocab_size)
+        return self.with_vocab(data.vocab_size if data.tokenizer == "sentencepiece" else _OF_BYTES)
 
     def check_layout(self, devices: int) -> None:
         """Raises ConfigError where the mesh does not fit the devices, or does not divide what is split over it."""

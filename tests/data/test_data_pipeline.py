@@ -174,11 +174,18 @@ def test_a_given_model(tmp_path: Path) -> None:
         minloglevel=2,
     )
     (tmp_path / "their.model").write_bytes(model.getvalue())
-    made = ready(tmp_path, tokenizer=str(tmp_path / "their.model"))
+    given = str(tmp_path / "their.model")
+    with pytest.raises(UserError, match=r"x\.txt: .*character 4, '\\n.*comes back as"):
+        ready(tmp_path, tokenizer=given)
+    made = ready(tmp_path, tokenizer=given, altered_documents="accept")
+    with pytest.raises(UserError, match="does not give the text back"):  # though its tokens are there by now
+        ready(tmp_path, tokenizer=given)
+    assert any("may alter text: it has no bytes to fall back on" in note for note in made.notes)
     assert made.tokenizer.vocab_size < 40 and made.tokenizer.boundary == 2
     assert any("does not give 2 documents back" in note for note in made.notes)  # it drops line ends
     (tmp_path / "copy.model").write_bytes(model.getvalue())
-    assert ready(tmp_path, tokenizer=str(tmp_path / "copy.model")).data == made.data
+    copy = ready(tmp_path, tokenizer=str(tmp_path / "copy.model"), altered_documents="accept")
+    assert copy.data == made.data
     with pytest.raises(ConfigError, match=r"data\.tokenizer"):
         ready(tmp_path, tokenizer=str(tmp_path / "none.model"))
 

@@ -14,24 +14,12 @@ from hypothesis import strategies as st
 from lm_jax.data import tokenizers
 from lm_jax.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, train_sentencepiece
 from lm_jax.errors import ConfigError, UserError
+from tests.data.hostile import HOSTILE, nasty
 
 SAMPLE = [
     "def f(x):\n    return x + 1\n\n\nclass A:\n\tdef g(self):\n        pass\r\n" * 30,
     "żółć 紅樓夢 e\u0301 ﬁ ① \u3000\n" * 20,
 ]
-
-HOSTILE = [
-    *("", " ", "  ", "\n", "\r\n", "\t\t x", "    a\n\n        b", " lead", "trail ", "\ufeffbom", "\u200b", "\u2028"),
-    *("<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<0xE2>", "<|endoftext|>", "a</s>b", "\0", "\0x\0", "\x1f", "\x7f"),
-    *("▁", "▁▁", " ▁ ", "▁a▁", "▅", "⁇", " ⁇ ", "\ufffd", "\U0010ffff", "\ud7ff\ue000", "e\u0301é", "ﬁ①\u3000", "한글"),
-    "👩‍👩‍👧‍👦" * 3,
-    "▁" * 5000 + "x" * 5000 + "\n" * 5000,
-    "no line end " * 2000,
-]
-
-nasty = st.text(
-    st.one_of(st.sampled_from("▁▅ \t\n\r\0<>s/0xE2a"), st.characters(exclude_categories=["Cs"])), max_size=60
-)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +139,7 @@ def test_nothing_to_learn_from_is_refused() -> None:
 def test_a_given_model_that_normalises_shows(tmp_path: Path) -> None:
     path = tmp_path / "their.model"
     path.write_bytes(given_model())
-    theirs = tokenizers.load_model(str(path), True)
+    theirs = tokenizers.open_path(str(path), True)
     assert theirs.boundary == 2 and theirs.vocab_size == theirs.processor.vocab_size() and not theirs.exact
     assert theirs.decode(theirs.encode("the cat")) == "the cat"
     assert theirs.decode(theirs.encode("the  ①")) != "the  ①"
@@ -169,9 +157,9 @@ def test_a_given_model_without_sentence_ends_gets_one_more_id() -> None:
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*x\.model"):
-        tokenizers.load_model(str(tmp_path / "x.model"), True)
+        tokenizers.open_path(str(tmp_path / "x.model"), True)
     with pytest.raises(ConfigError, match="cannot be read"):
-        tokenizers.load_model(str(tmp_path / "missing.model"), True)
+        tokenizers.open_path(str(tmp_path / "missing.model"), True)
 
 
 def test_saved_and_loaded(tmp_path: Path, pieces: SentencePiece) -> None:
