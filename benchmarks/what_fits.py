@@ -40,7 +40,7 @@ def cell(model: str, target: Target) -> tuple[str, Verdict]:
 
 
 def main(argv: list[str]) -> int:
-    print("| config | slice | with | fits | a device | costs.py | MFU at most | a step |")
+    print("| config | slice | with | fits | a device | costs.py | MFU | a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in argv[1:] or SLICES:
         for model in MODELS:

@@ -64,8 +64,9 @@ def main(words: list[str], command: list[str]) -> int:
         raise UserError("--spot and --reserved: a slice is one or the other")
     verb = words[0]
     if verb in ("copy", "follow", "delete"):
-        steps = {"copy": pod.copy_commands(_CHECKOUT, _archives()), "delete": [pod.delete_command()]}
-        return _do(steps.get(verb) or [pod.log_command(follow=True)])
+        if verb == "copy":
+            return _do(pod.copy_commands(_CHECKOUT, _archives()))
+        return _do([pod.delete_command() if verb == "delete" else pod.log_command(follow=True)])
     job = _job(command)
     if verb == "create":
         return _do([pod.create_command(job)])
@@ -81,7 +82,10 @@ def _archives() -> Path:
     from lm_jax.data.cache import cache_root
 
     folder = Path(cache_root(None)) / "archives"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} cannot be made: {e.strerror}\nset LM_JAX_CACHE to a folder that can") from e
     return folder
 
 
@@ -183,13 +187,16 @@ class Watch:
     def _work(self) -> int | None:
         """What the workers say, and what follows from it."""
         assert self._job.slice is not None
-        statuses = self._pod.statuses(self._job)
+        try:
+            statuses, reason = self._pod.statuses(self._job), ""
+        except tools.ToolFailed as e:
+            statuses, reason = [], str(e).splitlines()[-1]
         what = verdict(statuses, self._job.slice.hosts)
         if what in ("final", "again") and not self._seen:
             what = "start"  # an earlier watch's end: whoever starts this one may have mended the code
         self._seen |= what in ("wait", "start")
         if what == "unreachable":
-            self._unreachable(len(statuses))
+            self._unreachable(len(statuses), reason)
             return None
         if what == "wait":
             self._tell("running")
@@ -208,12 +215,16 @@ class Watch:
         self._trouble = 0
         return None
 
-    def _unreachable(self, answered: int) -> None:
+    def _unreachable(self, answered: int, reason: str) -> None:
         assert self._job.slice is not None
         self._trouble += 1
-        of = f"{answered} of {self._job.slice.hosts} workers answer"
+        of = f"{answered} of {self._job.slice.hosts} workers answer" + (f": {reason}" if reason else "")
         if self._trouble < _TRIES:
             self._tell(f"{of} (looked {self._trouble} of {_TRIES} times)")
+        elif not self._seen:  # the fault may be this machine's: a key, a closed port
+            raise Failure(
+                f"{self._pod.name}: {of}\nthe slice is left, and costs: {' '.join(self._pod.delete_command())}"
+            )
         else:
             self._tell(f"{of}: asking for another slice")
             tools.call(self._pod.delete_command())

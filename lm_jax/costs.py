@@ -186,13 +186,15 @@ def memory(
     weights = tree_bytes(abstract(specs, mesh, drop=config.weights_drop))
     gradients = weights if config.zero != 2 else tree_bytes(abstract(specs, mesh))
     shape = (batch_size // microbatches, length)
-    if not c.scan and (mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()) == "cpu":
+    on_cpu = (mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()) == "cpu"
+    if not c.scan and on_cpu:
         remat = "none"  # outside of a scan XLA for CPU finds that it is told to compute the same twice, and does not
     with jax.sharding.use_abstract_mesh(mesh):
         kept = _kept(c, mesh, shape, remat, config.layout)
         one_layer = dataclasses.replace(c, layers=1)
         again = _kept(one_layer, mesh, shape, "none", config.layout) if remat != "none" else 0
-        working = again + 2 * _largest(one_layer, mesh, shape, config.layout)
+        # Where a layer is computed again, gradients take the place of most of what was (XLA for CPU does not let them).
+        working = again + (2 if not again or on_cpu else 1) * _largest(one_layer, mesh, shape, config.layout)
         output = _output(c, mesh, shape)
         # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
         optimizer = tree_bytes(state, host=platform() == "cpu") - weights

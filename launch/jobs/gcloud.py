@@ -110,8 +110,9 @@ class Pod:
         """Stops what is left of an earlier start on all workers, and starts the job in the background."""
         exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in job.environment)
         watched = shlex.join(job.watched(identity, python=".venv/bin/python"))
-        first = f"({job.setup}) && " if job.setup else ""
-        run = f"{{ {first}{watched}; }} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
+        if job.setup:  # nobody counts its failures, so that one ends the job
+            watched = f"if ({job.setup}); then {watched}; else echo 'the setup failed'; (exit {again.FINAL}); fi"
+        run = f"{{ {watched}; }} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
         return self.ssh_command(
             f"{self._stop()}; rm -f {self.name}.status; echo {_mark(job)} > {self.name}.job; cd {FOLDER} && {exports}"
             f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}"
@@ -141,7 +142,9 @@ class Pod:
         """The watcher hands SIGTERM on; its command saves. What is left after two minutes is killed."""
         group = f"-- -$(cat {self.name}.pid)"
         wait = f"for i in $(seq 120); do kill -0 {group} 2> /dev/null || break; sleep 1; done"
-        kill = f"kill -KILL {group} 2> /dev/null"
+        # The command has a session of its own, and may not heed the signal that follows its watcher's end.
+        children = f"for p in $(pgrep -g $(cat {self.name}.pid)); do pkill -KILL -P $p; done"
+        kill = f"{children}; kill -KILL {group} 2> /dev/null"
         return f"if [ -f {self.name}.pid ]; then kill -TERM {group} 2> /dev/null && {wait}; {kill}; fi"
 
     # ----------------------------------------------------------------------------------------------------- answers
@@ -163,11 +166,12 @@ class Pod:
         return State(state.get("state", "UNKNOWN"), error.get("message", ""))
 
     def statuses(self, job: Job) -> list[str]:
-        """What the workers say of the job, of those that could be reached; in no order."""
-        try:
-            answer = tools.call(self.status_command(job))
-        except tools.ToolFailed:
-            return []
+        """What the workers say of the job, of those that could be reached; in no order.
+
+        Raises:
+          ToolFailed: `gcloud` reached none of them.
+        """
+        answer = tools.call(self.status_command(job))
         lines = [line.split() for line in answer.splitlines() if line.startswith(_MARK)]
         return [words[1] for words in lines if len(words) == 2]
 
@@ -201,7 +205,8 @@ def verdict(statuses: list[str], hosts: int) -> str:
 def explained(error: tools.ToolFailed) -> Failure | UserError:
     """A failure of `gcloud`, with what helps where that is known."""
     said = str(error).splitlines()[-1]
-    if "Quota" in error.said or "RESOURCE_EXHAUSTED" in error.said:
+    quota = "Quota" in error.said or "RESOURCE_EXHAUSTED" in error.said
+    if quota and "create" in error.words:  # of other commands it is a limit of requests a minute, which passes
         return Failure(f"{said}\nask for quota (console: IAM, Quotas), or try another --zone, or --spot")
     if "active account" in error.said or "UNAUTHENTICATED" in error.said or "auth login" in error.said:
         return UserError(f"{said}\nlog in: gcloud auth login")

@@ -141,7 +141,7 @@ def _container(job: Job, cluster: Cluster, identity: str) -> dict[str, Any]:
             "--process_id=$(HOST)",
         ]
     if job.setup:
-        command = ["sh", "-c", f'({job.setup}) && exec "$@"', "sh", *command]
+        command = ["sh", "-c", f'({job.setup}) || exit {again.FINAL}; exec "$@"', "sh", *command]
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     jobset = "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"
     container: dict[str, Any] = {

@@ -20,11 +20,12 @@ class ToolFailed(Failure):
     """A tool ended with another status than 0. The message has its own words.
 
     Attributes:
+      words: its command line.
       said: all that it wrote on stderr.
     """
 
     def __init__(self, words: Sequence[str], said: str) -> None:
-        self.said = said
+        self.words, self.said = tuple(words), said
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:] or ["it says nothing"]
         super().__init__(f"{' '.join(words[:5])} failed\n{errors[0][:400]}")

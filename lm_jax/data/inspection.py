@@ -82,13 +82,20 @@ def rows_of(batch: Batch, plan: Plan, numbers: range, tokenizer: Tokenizer) -> l
 
 def _spans(ids: np.ndarray, positions: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> Iterator[Span]:
     at = 0
+
+    def text_of(size: int) -> str:
+        """Behind what stands before it: at a text's beginning some tokenizers leave out a space."""
+        begin = max(0, at - _CHARACTER)
+        before = tokenizer.decode(ids[begin:at])
+        return tokenizer.decode(ids[begin : at + size])[len(before) :]
+
     while at < len(ids):
         for size in range(1, _CHARACTER + 1):
-            text = tokenizer.decode(ids[at : at + size])
+            text = text_of(size)
             if "\ufffd" not in text or at + size >= len(ids):
                 break
         else:
-            size, text = 1, tokenizer.decode(ids[at : at + 1])
+            size, text = 1, text_of(1)
         yield Span(text, tuple(ids[at : at + size].tolist()), int(positions[at]), bool(counted[at]))
         at += size
 

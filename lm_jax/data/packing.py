@@ -126,14 +126,15 @@ class Plan:
     def fingerprint(self) -> str:
         """A hash of everything that decides what row `n` is."""
         return digest(
-            f"plan 1, length {self.length}, seed {self.seed}" + self._way,
+            f"plan 1, length {self.length}, seed {self.seed}" + self.way,
             self.content,
             self.documents.tobytes(),
             self._pairs.tobytes(),
         )
 
     @property
-    def _way(self) -> str:
+    def way(self) -> str:
+        """How rows are made, in words that say what differs from `split`; empty for that."""
         if self.packing == "split":
             return ""
         return f", {self.packing}" + (", truncated" if self.truncate else "")

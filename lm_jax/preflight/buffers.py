@@ -134,13 +134,17 @@ def _phases(ranges: str, sources: Mapping[str, str]) -> tuple[int, int]:
 
 def _class(value: Value, weights: set[tuple[int, ...]], start: int, end: int) -> str:
     weight = _plain(value.shape) in weights
+    crosses = value.first < start <= value.last
+    # An activation may have a weight's shape by chance: what says that it is one is where it was made.
+    if crosses and value.dtype != "f32" and "jvp(" in value.source and "transpose(" not in value.source:
+        return "activations"
     if weight and value.last >= start and value.first <= end:
         backward = "transpose(" in value.source and not re.search(r"rematted_computation|gather", value.source)
         # Sums over layers, chunks and micro-batches have no source of their own; weights cast or gathered for a product
         # are not in float32.
         if backward or value.dtype == "f32":
             return "gradients"
-    if not weight and value.first < start <= value.last:
+    if not weight and crosses:
         return "activations"
     return "temporaries"
 

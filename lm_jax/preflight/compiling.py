@@ -8,6 +8,7 @@ done: the process is ended there, unless it is to show that machine code comes o
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -89,9 +90,9 @@ def compile_step(
         (folder / "job").write_bytes(pickle.dumps((config, target)))
         command = [sys.executable, "-m", "lm_jax.preflight.compiling", str(folder)]
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command, env={**os.environ, **_ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True
-            )
+            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), _ENVIRONMENT["XLA_FLAGS"])))
+            environment = {**os.environ, **_ENVIRONMENT, "XLA_FLAGS": flags}
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait(process, folder, machine_code, started, tell)
         finally:
@@ -122,7 +123,7 @@ def _planned(folder: Path) -> bool:
     for file in folder.glob(f"dump/*.{_LAST}"):
         with file.open("rb") as f:
             f.seek(max(0, file.stat().st_size - 8))
-            return f.read().endswith(b"}\n\n") or f.read().endswith(b"}\n")
+            return f.read().rstrip().endswith(b"}")
     return False
 
 
@@ -152,6 +153,8 @@ def _result(folder: Path, seconds: float) -> Compiled:
 
 
 def _main(folder: Path) -> None:
+    if sys.platform == "linux":  # where whoever asked is killed, this ends too (prctl.h)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     config, target = pickle.loads((folder / "job").read_bytes())
     try:
         outcome = _compile(config, target, folder)

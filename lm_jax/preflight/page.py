@@ -43,10 +43,10 @@ def text(verdict: Verdict, name: str) -> str:
     step, run = verdict["step"], verdict["run"]
     lines += [
         "",
-        f"  a step            {step['seconds']:.3g} s or more, bound by {step['bound_by']}: arithmetic"
+        f"  a step            {step['seconds']:.3g} s by the roofline, bound by {step['bound_by']}: arithmetic"
         f" {step['compute_seconds']:.3g}, memory {step['memory_seconds']:.3g},"
         f" links {step['exposed_link_seconds']:.3g}",
-        f"                    MFU {step['mfu']:.0%} at most, {step['tokens_per_second']:,.0f} tokens a second",
+        f"                    MFU {step['mfu']:.0%}, {step['tokens_per_second']:,.0f} tokens a second",
         f"  the run           {run['steps']:,} steps, {run['hours']:,.3g} hours, {run['chip_hours']:,.3g} chip-hours",
         "",
         "  between devices, a device and step",
@@ -89,7 +89,9 @@ def picture(verdict: Verdict, name: str) -> bytes:
     grid[0].text(size["capacity"] / 1e9, 0.42, " capacity", color="#c53030", va="bottom", ha="right")
     parts = {key: step[f"{key}_seconds"] for key in ("compute", "memory", "exposed_link")}
     labels = {"compute": "arithmetic", "memory": "memory bandwidth", "exposed_link": "links"}
-    _stack(grid[1], {labels[key]: value for key, value in parts.items()}, "seconds a step, at least", _COLORS[::2])
+    _stack(
+        grid[1], {labels[key]: value for key, value in parts.items()}, "seconds a step, by the roofline", _COLORS[::2]
+    )
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -4,8 +4,9 @@ Every instruction of the optimized program takes the longer of its arithmetic at
 bandwidth; attention's kernels take their FLOPs at the rate that the compiler's own schedule of them reaches. A loop's
 collectives that run beside it take no time of their own where they are shorter than what they run beside; others add to
 it. What a link carries follows from the bytes by the ring algorithm, on as many links as the mesh axes' places in the
-torus give. Nothing here waits for a host, a kernel's start, or a slow neighbour: it is a bound, and docs/numbers.md
-says how far above it published runs are.
+torus give. It is an estimate on the kind side: nothing here waits for a host, a kernel's start, or a slow neighbour
+(but an operand is read whole even where a look-up takes a part of it, and what visits from a host's memory takes no
+time). docs/preflight.md says how far above it published runs are.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Time:
     """Seconds of a step, and where they go.
 
     Attributes:
-      total: the bound.
+      total: of all.
       compute: of instructions that the peak bounds.
       memory: of those that the memory's bandwidth bounds.
       exposed: of collectives that nothing hides.
@@ -96,7 +97,7 @@ def step_time(
     attention_flops: tuple[float, float],
     head_dim: int,
 ) -> Time:
-    """The bound for a program.
+    """The time of a program.
 
     Args:
       program: the optimized program's text.

@@ -35,7 +35,7 @@ def preflight(
     *,
     machine_code: bool = False,
     cache: bool = True,
-    advise: Callable[[bool], str] = lambda fits: "",
+    advise: Callable[[bool], str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
     """Compiles a config's training step for a slice, and says what the compiler found.
@@ -49,22 +49,25 @@ def preflight(
       tell: is handed what is going on.
 
     Returns:
-      A record as `--json` writes it; docs/numbers.md says what is in it.
+      A record as `--json` writes it; docs/preflight.md says what is in it.
 
     Raises:
       UserError: where the layout does not suit the devices, or the step does not compile.
     """
     config.check_layout(target.devices)
-    file = cache_root(None) / "preflight" / f"{_key(config, target, machine_code)}.json"
+    file = cache_root(None) / "preflight" / f"{_key(config, target, machine_code, advise is not None)}.json"
     if cache and file.is_file():
         return {**json.loads(file.read_text()), "from_cache": True}
     compiled = compile_step(config, target, machine_code=machine_code, tell=tell)
     verdict = _verdict(config, target, compiled)
-    verdict["advice"] = advise(verdict["fits"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(verdict))
-    temporary.replace(file)
+    verdict["advice"] = advise(verdict["fits"]) if advise else ""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(verdict))
+        temporary.replace(file)
+    except OSError as e:  # the answer is there; the next time is only slower
+        tell(f"the answer is not kept: {e}")
     return {**verdict, "from_cache": False}
 
 
@@ -183,10 +186,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _key(config: RunConfig, target: Target, machine_code: bool) -> str:
-    """Of everything that the answer depends on: the config, the slice, versions, and this package's own text."""
+def _key(config: RunConfig, target: Target, machine_code: bool, advised: bool) -> str:
+    """Of everything that the answer depends on: the config, the slice, versions, this package's own text, and what the
+    environment tells the compilers."""
     parts = [repr((config.model, config.mesh, config.optimizer, config.train)), repr(target)]
-    parts += [str(machine_code), json.dumps(_versions(), sort_keys=True), _source_hash()]
+    flags = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+    for own in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
+        flags.pop(own, None)
+    parts += [
+        str(machine_code),
+        str(advised),
+        json.dumps(flags, sort_keys=True),
+        json.dumps(_versions(), sort_keys=True),
+        _source_hash(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

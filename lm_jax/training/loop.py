@@ -198,7 +198,7 @@ def _identity(config: RunConfig, data: Prepared) -> dict[str, str]:
     """What must stay the same for a resumed run to be the same run."""
     return {
         "tokenizer": data.tokenizer.fingerprint,
-        "data": f"{data.data}, rows of {config.train.length}",
+        "data": f"{data.data}, rows of {config.train.length}{data.train.plan.way}",
         "seed": str(config.train.seed),
     }
 

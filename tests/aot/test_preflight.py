@@ -20,7 +20,7 @@ from lm_jax.sharding import MeshConfig
 from lm_jax.training.run import RunConfig, TrainConfig
 
 SLICE = target_of("v5e:2x2")
-MODEL = TransformerConfig(layers=4, embed=1024, heads=8, feed_forward_dim=4096, vocab=8192)
+MODEL = TransformerConfig(layers=4, embed=1024, heads=8, feed_forward_dim=2752, vocab=8192)
 RUN = RunConfig(
     model=MODEL,
     mesh=MeshConfig(data=1, fsdp=4),

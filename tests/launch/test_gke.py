@@ -109,7 +109,7 @@ def test_what_comes_first_runs_first_and_leaves_the_place_to_the_watcher(
     (manifest,) = made(*SLICE, "--setup=touch fetched")
     command = pod_of(manifest)["containers"][0]["command"]
     assert command[:2] == ["sh", "-c"] and command[4:7] == ["python", "-m", "launch.jobs.again"]
-    for setup, status in ((command[2], 7), (command[2].replace("touch", "false"), 1)):
+    for setup, status in ((command[2], 7), (command[2].replace("touch", "false"), again.FINAL)):
         done = subprocess.run([*command[:2], setup, "sh", "sh", "-c", "test -f fetched && exit 7"], cwd=tmp_path)
         assert done.returncode == status
 

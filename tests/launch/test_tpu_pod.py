@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -114,11 +115,29 @@ def test_a_worker_that_ssh_does_not_reach_is_tried_again(tools: StandIns, capsys
     assert "1 of 2 workers answer" in told
 
 
-def test_a_slice_that_nobody_reaches_is_given_back(tools: StandIns) -> None:
+def test_a_slice_that_nobody_reaches_any_more_is_given_back(tools: StandIns) -> None:
     silent = Answer(STATUS, err=SSH_FAILED, status=255, times=10)
-    tools.add("gcloud", state("ACTIVE", 10), MISSING, state("ACTIVE", None), silent, workers("0", "0"), *willing())
+    said = [workers("running", "running"), silent, workers("0", "0")]
+    tools.add("gcloud", state("ACTIVE", 11), MISSING, state("ACTIVE", None), *said, *willing())
     assert run("up") == 0
     assert [v for v in tools.verbs(VERBS) if v not in (DESCRIBE, STATUS)] == [DELETE, CREATE, DELETE]
+
+
+def test_a_slice_that_this_machine_never_reached_is_left(tools: StandIns, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = Answer(STATUS, err=SSH_FAILED, status=255, times=None)
+    tools.add("gcloud", state("ACTIVE", None), silent, *willing())
+    assert run("up") == 1
+    assert DELETE not in tools.verbs(VERBS)
+    told = capsys.readouterr().err
+    assert "exited with return code [255]" in told and "the slice is left, and costs: gcloud" in told
+
+
+def test_a_limit_of_requests_a_minute_passes(tools: StandIns) -> None:
+    busy = Answer(
+        STATUS, err="ERROR: (gcloud) Quota exceeded for quota metric 'Requests' per minute", status=1, times=2
+    )
+    tools.add("gcloud", state("ACTIVE", None), workers("running", "running"), busy, workers("0", "0"), *willing())
+    assert run("up") == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
@@ -279,6 +298,10 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "lm.status").unlink()
     wait_while(lambda: status() == "running")  # the shell that wrote it
     assert status() == "gone"
+    now = dataclasses.replace(now, setup="exit 22")
+    on_worker(pod.start_command(now, "id"))
+    wait_while(lambda: status() == "running")
+    assert status() == "76" and said()[-1] == "the setup failed"  # whatever it ended with
 
 
 def test_the_archive_holds_what_git_holds(tmp_path: Path) -> None:
