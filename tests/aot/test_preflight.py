@@ -46,8 +46,8 @@ def test_classes_are_the_compiler_s_total(found: Verdict) -> None:
     gain = 9 * 1024 * 4  # gains are whole on every device
     assert size["parameters"] == pytest.approx(weights + gain, rel=1e-2)
     assert size["optimizer"] == pytest.approx(2 * size["parameters"], rel=1e-2)
-    inputs = 2 * 4 * 8 * 1024 * 1024  # kept between the passes: each block's, in bfloat16; and rotary angles, the batch
-    assert inputs < size["activations"] < 1.25 * inputs
+    inputs = 2 * 4 * 8 * 1024 * 1024  # of each block, in bfloat16; beside them angles, the last output, the batch
+    assert inputs < size["activations"] < 1.5 * inputs
     assert size["gradients"] > weights
 
 
