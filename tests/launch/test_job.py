@@ -101,6 +101,7 @@ def sent(job: Job) -> subprocess.CompletedProcess[str]:
     return run_module(job.command[2], *job.command[3:], check=False, timeout=120)
 
 
+@pytest.mark.slow  # a minute; test_slurm and test_gke send such jobs, test_sweep trains the runs
 def test_each_run_of_a_sweep_trains_as_a_job_of_its_own(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path)
     good, bad = sweeps.each_run(sweep)
