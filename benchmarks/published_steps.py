@@ -1,9 +1,9 @@
-"""Preflight's bound beside published steps on TPUs: `python -m benchmarks.published_steps`.
+"""Preflight's roofline beside published steps on TPUs: `python -m benchmarks.published_steps`.
 
 MaxText's own tables (MaxText/configs/v5e/README.md and v5p/README.md, github.com/AI-Hypercomputer/maxtext) give TFLOP/s
 a chip of models whose shapes, batches, meshes and remat are in the scripts beside them. Those count all pairs of
 positions in attention, so a step's time follows from them; the same models in our program are compiled for the same
-slices, and the bound is compared with that time. Needs libtpu, no TPU.
+slices, and the roofline is compared with that time. Needs libtpu, no TPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS = (
 
 
 def compare(row: Published) -> tuple[float, float, bool]:
-    """Seconds of a published step, of our bound, and whether ours fits."""
+    """Seconds of a published step, of our roofline, and whether ours fits."""
     target = target_of(row.topology)
     model = TransformerConfig(
         layers=row.layers,
@@ -61,11 +61,11 @@ def compare(row: Published) -> tuple[float, float, bool]:
 
 
 def main() -> int:
-    print(f"{'model':<6} {'slice':<10} {'published':>10} {'bound':>8} {'share':>6}")
+    print(f"{'model':<6} {'slice':<10} {'published':>10} {'roofline':>8} {'share':>6}")
     for row in ROWS:
-        published, bound, fits = compare(row)
+        published, roofline, fits = compare(row)
         note = "" if fits else "  (ours does not fit)"
-        print(f"{row.name:<6} {row.topology:<10} {published:9.2f}s {bound:7.2f}s {bound / published:6.0%}{note}")
+        print(f"{row.name:<6} {row.topology:<10} {published:9.2f}s {roofline:7.2f}s {roofline / published:6.0%}{note}")
     return 0
 
 

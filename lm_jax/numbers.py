@@ -53,7 +53,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite"),
     "v5p": Chip("TPU v5p"),
     "v6e": Chip("TPU v6 lite"),
-    "v7x": Chip("TPU7x", 2),
+    "tpu7x": Chip("TPU7x", 2),
     "a10": Chip("NVIDIA A10"),
     "a10g": Chip("NVIDIA A10G"),
     "a100": Chip("NVIDIA A100"),

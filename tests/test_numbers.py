@@ -140,7 +140,7 @@ def test_every_chip_has_a_peak(name: str) -> None:
 
 
 def test_peaks_are_those_of_whole_chips() -> None:
-    published = {"v3": 123e12, "v4": 275e12, "v5p": 459e12, "v7x": 2307e12, "a100": 312e12, "h100": 989e12}
+    published = {"v3": 123e12, "v4": 275e12, "v5p": 459e12, "tpu7x": 2307e12, "a100": 312e12, "h100": 989e12}
     assert {name: numbers.CHIPS[name].peak for name in published} == published
 
 

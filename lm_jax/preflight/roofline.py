@@ -238,7 +238,7 @@ def _moved(program: dict[str, Computation], here: Computation, op: Op) -> float:
     """Bytes between an instruction and the device's memory: its operands and results that lie there, of those that it
     only cuts from or puts into, what is cut or put."""
     if op.code in ("copy-start", "slice-start", "async-start"):
-        return float(max(map(type_bytes, [op.type.strip("()").split(", ")[0]])))
+        return float(type_bytes(op.type.strip("()").split(", ")[0]))  # what arrives
     inner = program[called(op, "calls")[0]] if op.code == "fusion" else None
     total = 0.0
     for i, name in enumerate(op.operands):

@@ -340,7 +340,7 @@ numbers. What a device of a mesh needs is another question: `launch.train` answe
 - **Key-value cache.** `2 x layers x key-value heads x head dim` numbers a token, in the dtype of compute, as
   `launch.generate` stores them.
 - **Training.** FLOPs / (chips x peak x MFU), and chip-hours x price. With `--chip_hours`, or `--hours` on `--chips`,
-  the same equation is solved for the MFU. Peaks are the makers' for dense bfloat16, of a whole chip (a TPU v3 or v7x is
+  the same equation is solved for the MFU. Peaks are the makers' for dense bfloat16, of a whole chip (a TPU v3 or 7x is
   two of JAX's devices).
 
 ## Against published figures

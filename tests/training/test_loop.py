@@ -249,6 +249,7 @@ def test_more_steps_another_rate_and_batch_are_accepted_and_told(
         ({"data__boundary": False}, "data"),
         ({"data__held_out": 0.2}, "data"),
         ({"train__length": 8}, "data"),
+        ({"data__packing": "best_fit"}, "data"),
         ({"model__layers": 2}, "model.layers: 1 -> 2"),
         ({"model__qk_norm": True}, "model.qk_norm"),
     ],
