@@ -203,10 +203,11 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(text: Path, small_disk: Path
 def test_a_file_that_may_not_grow_ends_the_run(text: Path, tmp_path: Path) -> None:
     """As a full disk does, also where nobody may mount one."""
     run = tmp_path / "run"
+    wide = ["--config.model.feed_forward_dim=6000"]  # one array of 1.5 MB: which arrays share a file is chance
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # less than the arrays of a checkpoint
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, old[1]))  # the tokens fit, the largest array does not
     try:
-        job = Job(run, text, tmp_path / "log", devices=2)
+        job = Job(run, text, tmp_path / "log", options=wide, devices=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     try:
