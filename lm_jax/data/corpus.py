@@ -18,6 +18,7 @@ from lm_jax.data.store import Writer
 from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.errors import UserError
 
+SIDES = ("train", "held_out", "test")
 BATCH = 2**21  # characters that are encoded before they are written
 
 
@@ -29,13 +30,13 @@ class Corpus:
 
     Attributes:
       sizes: `[documents]` int64, bytes of UTF-8.
-      held_out: `[documents]` bool.
+      held_out, test: `[documents]` bool.
       length: characters in all.
       dropped: how many things in the source were left out, by reason.
     """
 
-    def __init__(self, files: Files, policy: Policy, share: float) -> None:
-        """Args: the files, how documents are taken from them, and the share of them to hold out (0: none).
+    def __init__(self, files: Files, policy: Policy, share: float, test: float = 0.0) -> None:
+        """Args: the files, how documents are taken from them, and the shares to hold out and to keep for a test.
 
         Raises:
           UserError: where there is no text, or what there is cannot be divided.
@@ -60,6 +61,19 @@ class Corpus:
             self._divide(share)
         elif share > 0:
             self.held_out = hold_out(self._hashes, share, files.label)
+        self.test = np.zeros_like(self.held_out)
+        if test > 0:
+            self.test = self._keep(test)
+
+    def _keep(self, share: float) -> np.ndarray:
+        """Which documents are for the test: those whose hash is in the highest `share` of all hashes."""
+        kept = self._hashes > np.uint64(2**64 - 1 - int(share * 2**64))
+        if self._cut or not kept.any() or (kept | self.held_out).all():
+            raise UserError(
+                f"{self.files.label}: its {len(self._hashes)} documents are too few to keep {share:g} of them for a "
+                "test\nset data.test=0, or add text"
+            )
+        return kept & ~self.held_out
 
     def _divide(self, share: float) -> None:
         (document,) = Reader(self.files, self.policy)
@@ -103,7 +117,7 @@ class Corpus:
         if self._cut:
             return [next(iter(self)).text[:limit]]
         order = np.argsort(self._hashes, kind="stable")
-        order = order[~self.held_out[order]]
+        order = order[~(self.held_out | self.test)[order]]
         before = np.cumsum(self.sizes[order]) - self.sizes[order]
         chosen = set(order[before < limit].tolist())
         return [d.text[:limit] for i, d in enumerate(self) if i in chosen]
@@ -154,7 +168,7 @@ class _Job:
     bad: str  # refuse or drop
     refuse_altered: bool
     dropped: collections.Counter[str]
-    held_out: list[bool] = dataclasses.field(default_factory=list)  # of the documents that were written
+    sides: list[int] = dataclasses.field(default_factory=list)  # of the documents that were written, in `SIDES`
     bytes: list[int] = dataclasses.field(default_factory=list)
     predicted_bytes: list[int] = dataclasses.field(default_factory=list)
     tokens_in: int = 0
@@ -182,13 +196,15 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: 
     writer = Writer(directory, tokenizer.vocab_size)
     job = _Job(writer, corpus.policy.bad, altered == "refuse", collections.Counter(corpus.dropped))
     with Progress("tokenising", corpus.length) as progress:
-        for batch in _batches(zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)):
+        sides = np.where(corpus.test, 2, corpus.held_out.astype(int)).tolist()
+        for batch in _batches(zip(corpus, sides, corpus.sizes.tolist(), strict=True)):
             _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
     tokenizer.save(directory)
-    writer.finish(np.array(job.held_out, bool), _manifest(job))
+    sides = np.array(job.sides, np.int8)
+    writer.finish(sides == 1, _manifest(job), sides == 2 if corpus.test.any() else None)
 
 
-_Entry = tuple[Document, bool, int]  # a document, whether it is held out, its size in bytes
+_Entry = tuple[Document, int, int]  # a document, its side in `SIDES`, its size in bytes
 
 
 def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
@@ -206,7 +222,7 @@ def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
 
 def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
     edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
-    for (document, held, size), inner in zip(batch, encoded, strict=True):
+    for (document, side, size), inner in zip(batch, encoded, strict=True):
         ids = np.concatenate([*edge, inner, *edge])
         job.tokens_in += len(ids)
         if edge and (inner == tokenizer.boundary).any():
@@ -220,7 +236,7 @@ def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: T
             job.drop("fewer than two tokens", len(ids))
         else:
             job.writer.write(ids)
-            job.held_out.append(held)
+            job.sides.append(side)
             job.bytes.append(size)
             # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
             job.predicted_bytes.append(size if edge else size - tokenizer.bytes_of(int(ids[0])))
@@ -262,11 +278,11 @@ def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> li
 
 
 def _manifest(job: _Job) -> dict[str, Any]:
-    lengths, held = np.array(job.writer.lengths, np.int64), np.array(job.held_out, bool)
+    lengths, where = np.array(job.writer.lengths, np.int64), np.array(job.sides, np.int8)
     out = int(lengths.sum())
     if job.tokens_in != out + job.tokens_dropped:
         raise RuntimeError(f"{job.tokens_in} tokens in, but {out} out and {job.tokens_dropped} dropped")
-    sides = {"train": ~held, "held_out": held}
+    sides = {side: where == i for i, side in enumerate(SIDES) if i < 2 or (where == i).any()}
 
     def by_side(values: np.ndarray | list[int]) -> dict[str, int]:
         return {side: int(np.asarray(values, np.int64)[mask].sum()) for side, mask in sides.items()}

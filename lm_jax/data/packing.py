@@ -40,10 +40,40 @@ class Piece(NamedTuple):
 
 
 class TokenReader(Protocol):
-    """What holds the tokens of documents (`store.Store`)."""
+    """What holds the tokens of documents: a `Store`, or several of them joined."""
 
     def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """For each (document, start, stop), its tokens [start, stop) as integers."""
+
+
+class Rows(Protocol):
+    """Which tokens row `n` has: a `Plan` of one set of documents, or what several plans make together.
+
+    Attributes:
+      length: pairs a row, T.
+      pairs: pairs an epoch.
+      left_out: pairs that no epoch has, of documents that are truncated.
+      rows_per_epoch: rows that take them all.
+    """
+
+    length: int
+    pairs: int
+    left_out: int
+    rows_per_epoch: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what row `n` is."""
+
+    @property
+    def way(self) -> str:
+        """How rows are made, in words that say what differs from `split` of one source; empty for that."""
+
+    def row(self, n: int) -> list[Piece]:
+        """The pieces of row `n`, n = 0, 1, ..; epoch after epoch."""
+
+    def name_of(self, document: int) -> str:
+        """What a person calls a piece's document."""
 
 
 PACKINGS = ("split", *FITS)
@@ -124,7 +154,6 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides what row `n` is."""
         return digest(
             f"plan 1, length {self.length}, seed {self.seed}" + self.way,
             self.content,
@@ -134,13 +163,14 @@ class Plan:
 
     @property
     def way(self) -> str:
-        """How rows are made, in words that say what differs from `split`; empty for that."""
         if self.packing == "split":
             return ""
         return f", {self.packing}" + (", truncated" if self.truncate else "")
 
+    def name_of(self, document: int) -> str:
+        return f"document {document}"
+
     def row(self, n: int) -> list[Piece]:
-        """The pieces of row `n`, n = 0, 1, ..; epoch after epoch."""
         number, place = divmod(n, self.rows_per_epoch)
         epoch = self._epoch(number)
         if isinstance(epoch, _Bins):
@@ -185,9 +215,9 @@ class Plan:
         if self.seed is None:
             order, rows, offset = np.arange(len(self._pairs)), np.arange(self.rows_per_epoch), 0
         else:
-            order = _permutation(len(self._pairs), _key(self.seed, number, "documents"))
-            rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
-            offset = _key(self.seed, number, "offset") % self.length % self.pairs
+            order = permutation(len(self._pairs), key(self.seed, number, "documents"))
+            rows = permutation(self.rows_per_epoch, key(self.seed, number, "rows"))
+            offset = key(self.seed, number, "offset") % self.length % self.pairs
         return _Ring(order, np.cumsum(self._pairs[order]), offset, rows)
 
     def _make_bins(self, number: int) -> _Bins:
@@ -196,9 +226,9 @@ class Plan:
         if self.seed is None:
             order, turn, rows = np.arange(n), np.zeros(n, np.uint64), np.arange(self.rows_per_epoch)
         else:
-            order = _permutation(n, _key(self.seed, number, "documents"))
-            turn = _hashes(n, _key(self.seed, number, "offset"))
-            rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
+            order = permutation(n, key(self.seed, number, "documents"))
+            turn = hashes(n, key(self.seed, number, "offset"))
+            rows = permutation(self.rows_per_epoch, key(self.seed, number, "rows"))
         full, rest = np.divmod(self._pairs, length)
         # What is left of a document stands behind so many of its whole rows.
         before = (turn % (full + 1).astype(np.uint64)).astype(np.int64)
@@ -221,16 +251,17 @@ class Plan:
         )
 
 
-def _key(seed: int, epoch: int, use: str) -> int:
+def key(seed: int, epoch: int, use: str) -> int:
+    """A number of 64 bits for a use of a seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{use}".encode(), digest_size=8).digest(), "little")
 
 
-def _permutation(n: int, key: int) -> np.ndarray:
+def permutation(n: int, key: int) -> np.ndarray:
     """0 .. n - 1 in the order of their hashes."""
-    return np.argsort(_hashes(n, key), kind="stable")
+    return np.argsort(hashes(n, key), kind="stable")
 
 
-def _hashes(n: int, key: int) -> np.ndarray:
+def hashes(n: int, key: int) -> np.ndarray:
     """A number of 64 bits for each of 0 .. n - 1 (splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
@@ -254,7 +285,7 @@ def empty_batch(rows: int, length: int) -> Batch:
     }
 
 
-def read_rows(plan: Plan, store: TokenReader, rows: Sequence[int | None]) -> Batch:
+def read_rows(plan: Rows, store: TokenReader, rows: Sequence[int | None]) -> Batch:
     """The batch `[len(rows), T]` of these rows of a plan; None is a row of padding.
 
     `segment_ids` count a row's pieces from 0 (-1 is padding), `positions` start again in each piece.

@@ -73,10 +73,14 @@ class Writer:
         except RuntimeError as error:  # what it throws for a full disk as well
             raise OSError(0, str(error).splitlines()[0]) from error
 
-    def finish(self, held_out: np.ndarray, manifest: dict[str, Any]) -> None:
-        """Writes which documents are held out `[documents]` bool, and what there is to know about the store."""
+    def finish(self, held_out: np.ndarray, manifest: dict[str, Any], test: np.ndarray | None = None) -> None:
+        """Writes which documents are held out, and which are for the test (None: none), each `[documents]` bool; and
+        what there is to know about the store."""
         self._close()
-        np.savez(self.directory / DOCUMENTS, lengths=np.array(self.lengths, np.int64), held_out=held_out)
+        arrays: dict[str, Any] = {"lengths": np.array(self.lengths, np.int64), "held_out": held_out}
+        if test is not None:
+            arrays["test"] = test
+        np.savez(self.directory / DOCUMENTS, **arrays)
         names = [*map(shard_name, range(self.shards)), DOCUMENTS]
         sizes = {name: (self.directory / name).stat().st_size for name in names}
         record = {**manifest, "dtype": self.dtype.str, "vocab_size": self.vocab_size, "files": sizes}
@@ -97,7 +101,7 @@ class Store:
 
     Attributes:
       lengths: `[documents]` int64, tokens of each.
-      held_out: `[documents]` bool.
+      held_out, test: `[documents]` bool.
       manifest: what the writer was told, plain values.
     """
 
@@ -106,12 +110,18 @@ class Store:
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
         with np.load(directory / DOCUMENTS, allow_pickle=False) as arrays:
             self.lengths, self.held_out = arrays["lengths"], arrays["held_out"]
+            self.test = arrays["test"] if "test" in arrays else np.zeros_like(self.held_out)
         self._dtype = np.dtype(self.manifest["dtype"])
         records = -(-self.lengths // CHUNK)
         self._first = np.cumsum(records) - records
         self._readers: dict[int, Any] = {}
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
+
+    def documents(self, side: str) -> np.ndarray:
+        """The numbers of the documents on a side: "train", "held_out" or "test"."""
+        sides = {"train": ~(self.held_out | self.test), "held_out": self.held_out, "test": self.test}
+        return np.flatnonzero(sides[side])
 
     def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """For each (document, start, stop), its tokens [start, stop).

@@ -36,9 +36,9 @@ def test_rows_are_decoded_in_whole_characters_with_their_places() -> None:
     batch, plan = made()
     rows = rows_of(batch, plan, range(plan.rows_per_epoch), TOKENIZER)
     shown = {segment.document: "".join(s.text for s in segment.spans) for row in rows for segment in row.segments}
-    assert shown == dict(enumerate(TEXTS))
+    assert shown == {f"document {i}": text for i, text in enumerate(TEXTS)}
     assert [row.padding for row in rows] == [(batch["segment_ids"][b] < 0).sum() for b in range(len(rows))]
-    (first,) = (segment for row in rows for segment in row.segments if segment.document == 0)
+    (first,) = (segment for row in rows for segment in row.segments if segment.document == "document 0")
     smile = next(span for span in first.spans if span.text == "\U0001f600")
     assert len(smile.ids) == 4 and smile.position == 1 + len(TEXTS[0].encode()) - 4
     pairs = sum(len(text.encode()) + 1 for text in TEXTS)
