@@ -59,6 +59,7 @@ def test_no_source_is_a_whole_turn_away_from_its_due(stages: list[Stage], seed: 
     [
         [Stage(0, (7, 2, 1))],
         [Stage(0, (7, 2, 1)), Stage(10_007, (1, 0, 4)), Stage(30_011, (1, 1, 1))],
+        [Stage(0, (5, 7, 1)), Stage(92, (58, 5, 11)), Stage(684, (1, 51, 1))],  # its last periods differ
         [Stage(0, (3, 3, 3, 1)), Stage(5_000, (0, 0, 0, 1)), Stage(5_100, (97, 1, 1, 1))],
     ],
 )
