@@ -71,11 +71,14 @@ def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer) -> l
     found = []
     for b, number in enumerate(numbers):
         segments = []
-        for segment, piece in enumerate(plan.row(number)):
+        pieces = plan.pieces(np.array([number]))
+        for segment, (document, start) in enumerate(
+            zip(pieces.documents.tolist(), pieces.starts.tolist(), strict=True)
+        ):
             here = batch["segment_ids"][b] == segment
             ids, positions, counted = (batch[name][b][here] for name in ("tokens", "positions", "loss_mask"))
             spans = list(_spans(ids, positions, counted, tokenizer))
-            segments.append(Segment(plan.name_of(piece.document), piece.start, spans))
+            segments.append(Segment(plan.name_of(document), start, spans))
         found.append(Row(number, segments, int(padding[b].sum())))
     return found
 

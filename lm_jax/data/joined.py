@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from lm_jax.data import cache
-from lm_jax.data.packing import Piece, Plan, TokenReader, key, permutation
+from lm_jax.data.packing import Pieces, Plan, TokenReader, by_group, key, permutation
 from lm_jax.data.progress import Progress
-from lm_jax.data.store import MANIFEST, Store, whole
+from lm_jax.data.store import MANIFEST, Store, spread, whole
 from lm_jax.errors import UserError
 
 SHARDED = 2  # the format of a corpus in shards, in its manifest
@@ -28,26 +28,23 @@ class Joined:
 
     def __init__(self, sizes: Sequence[int], reader: Callable[[int], TokenReader]) -> None:
         """Args: how many documents each reader has, and what gives the reader of a number."""
-        self.firsts = [0, *itertools.accumulate(sizes)]
+        self._firsts = np.cumsum([0, *sizes])
         self._reader = reader
 
-    def where(self, document: int) -> tuple[int, int]:
-        """Which reader has a document, and its number there."""
-        which = bisect.bisect_right(self.firsts, document) - 1
-        return which, document - self.firsts[which]
-
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        """For each (document, start, stop), its tokens [start, stop)."""
-        groups: dict[int, list[int]] = collections.defaultdict(list)
-        local = []
-        for i, (document, start, stop) in enumerate(ranges):
-            which, number = self.where(document)
-            groups[which].append(i)
-            local.append((number, start, stop))
-        out: list[Any] = [None] * len(ranges)
-        for which, places in groups.items():
-            for i, ids in zip(places, self._reader(which).read([local[i] for i in places]), strict=True):
-                out[i] = ids
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """The tokens [start, stop) of each document, one after the other."""
+        readers = self._firsts.searchsorted(documents, side="right") - 1
+        documents = documents - self._firsts[readers]
+        asked = np.unique(readers)
+        if len(asked) == 1:
+            return self._reader(int(asked[0])).read(documents, starts, stops)
+        sizes = stops - starts
+        ends = np.cumsum(sizes)
+        out = np.empty(ends[-1] if len(ends) else 0, np.int32)
+        for which in asked.tolist():
+            here = np.flatnonzero(readers == which)
+            ids = self._reader(which).read(documents[here], starts[here], stops[here])
+            out[spread((ends - sizes)[here], sizes[here])] = ids
         return out
 
 
@@ -146,15 +143,22 @@ class ShardedPlan:
         shard = bisect.bisect_right(self._firsts, document) - 1
         return f"document {document - self._firsts[shard]} of {self.shards.manifest['shards'][shard]}"
 
-    def row(self, n: int) -> list[Piece]:
-        epoch, place = divmod(n, self.rows_per_epoch)
-        order, ends = self._order(epoch)
-        at = int(ends.searchsorted(place, side="right"))
-        shard = int(order[at])
-        local = place - int(ends[at]) + int(self._rows[shard])
-        first = self._firsts[shard]
-        pieces = self._plan(shard).row(epoch * int(self._rows[shard]) + local)
-        return [Piece(first + document, start, stop) for document, start, stop in pieces]
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        epochs, places = np.divmod(np.asarray(rows, np.int64), self.rows_per_epoch)
+        shards, turns = np.zeros_like(places), np.zeros_like(places)  # each row's shard, and which row of it it is
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            order, ends = self._order(epoch)
+            at = ends.searchsorted(places[here], side="right")
+            shards[here] = order[at]
+            turns[here] = places[here] - ends[at] + (epoch + 1) * self._rows[order[at]]
+        first = self._firsts
+
+        def of_shard(shard: int, here: np.ndarray) -> Pieces:
+            found = self._plan(shard).pieces(turns[here])
+            return found._replace(documents=found.documents + first[shard])
+
+        return by_group(shards, of_shard)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and the row in which each ends."""

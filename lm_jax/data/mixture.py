@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 
 from lm_jax.data.cache import digest
-from lm_jax.data.packing import Piece, Rows, key
+from lm_jax.data.packing import Pieces, Rows, by_group, key
 from lm_jax.data.quota import MOST, Quota, Stage, whole_shares
 from lm_jax.errors import ConfigError
 
@@ -135,11 +135,14 @@ class Mixture:
         which = bisect.bisect_right(self.firsts, document) - 1
         return f"{self.names[which]}, {self.parts[which].name_of(document - self.firsts[which])}"
 
-    def row(self, n: int) -> list[Piece]:
-        which, turn = self.quota.turn(n)
-        first = self.firsts[which]
-        pieces = self.parts[which].row(turn)
-        return [Piece(first + document, start, stop) for document, start, stop in pieces] if first else pieces
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        turns = np.array([self.quota.turn(n) for n in np.asarray(rows).tolist()], np.int64).reshape(-1, 2)
+
+        def of_part(which: int, here: np.ndarray) -> Pieces:
+            found = self.parts[which].pieces(turns[here, 1])
+            return found._replace(documents=found.documents + self.firsts[which])
+
+        return by_group(turns[:, 0], of_part)
 
     def consumed(self, rows: int) -> dict[str, int]:
         """How many of the first rows are of each source."""

@@ -19,31 +19,36 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lm_jax.data.bins import FITS
 from lm_jax.data.cache import digest
+from lm_jax.data.store import spread
 from lm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
-class Piece(NamedTuple):
-    """Pairs of a document: the inputs are its tokens [start, stop), the targets its tokens [start + 1, stop + 1)."""
+class Pieces(NamedTuple):
+    """The pieces of several rows, row by row.
 
-    document: int
-    start: int
-    stop: int
+    A piece is pairs of a document: the inputs are its tokens [start, stop), the targets those one further on.
+    """
+
+    counts: np.ndarray  # [rows]: how many pieces each row has
+    documents: np.ndarray  # [pieces]
+    starts: np.ndarray  # [pieces]
+    stops: np.ndarray  # [pieces]
 
 
 class TokenReader(Protocol):
     """What holds the tokens of documents: a `Store`, or several of them joined."""
 
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        """For each (document, start, stop), its tokens [start, stop) as integers."""
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """The tokens [start, stop) of each document as integers, one after the other; `[pieces]` each."""
 
 
 class Rows(Protocol):
@@ -69,8 +74,8 @@ class Rows(Protocol):
     def way(self) -> str:
         """How rows are made, in words that say what differs from `split` of one source; empty for that."""
 
-    def row(self, n: int) -> list[Piece]:
-        """The pieces of row `n`, n = 0, 1, ..; epoch after epoch."""
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        """The pieces of rows n = 0, 1, ..; epoch after epoch."""
 
     def name_of(self, document: int) -> str:
         """What a person calls a piece's document."""
@@ -170,38 +175,35 @@ class Plan:
     def name_of(self, document: int) -> str:
         return f"document {document}"
 
-    def row(self, n: int) -> list[Piece]:
-        number, place = divmod(n, self.rows_per_epoch)
-        epoch = self._epoch(number)
-        if isinstance(epoch, _Bins):
-            row = int(epoch.rows[place])
-            here = slice(int(epoch.first[row]), int(epoch.first[row + 1]))
-            starts = epoch.starts[here]
-            documents = self.documents[epoch.which[here]]
-            return list(map(Piece, documents.tolist(), starts.tolist(), (starts + epoch.sizes[here]).tolist()))
-        begin = int(epoch.rows[place]) * self.length
-        end = min(begin + self.length, self.pairs)
-        begin, end = begin + epoch.offset, end + epoch.offset
-        if begin >= self.pairs:
-            begin, end = begin - self.pairs, end - self.pairs
-        if end <= self.pairs:
-            return self._pieces(epoch, begin, end)
-        return self._pieces(epoch, begin, self.pairs) + self._pieces(epoch, 0, end - self.pairs)  # round the ring
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        numbers, places = np.divmod(np.asarray(rows, np.int64), self.rows_per_epoch)
+        if self.seed is None:
+            numbers = np.zeros_like(numbers)
+        return by_group(numbers, lambda number, here: self._of_epoch(self._epoch(number), places[here]))
 
-    def _pieces(self, epoch: _Ring, begin: int, end: int) -> list[Piece]:
-        """The pieces of the ring's pairs [begin, end)."""
-        first = int(epoch.ends.searchsorted(begin, side="right"))
-        last = int(epoch.ends.searchsorted(end, side="left"))
-        which = epoch.order[first : last + 1]
-        sizes = self._pairs[which]
-        starts = epoch.ends[first : last + 1] - sizes
-        lows = np.maximum(begin - starts, 0)
-        highs = np.minimum(end - starts, sizes)
-        return list(map(Piece, self.documents[which].tolist(), lows.tolist(), highs.tolist()))
+    def _of_epoch(self, epoch: _Ring | _Bins, places: np.ndarray) -> Pieces:
+        rows = epoch.rows[places]
+        if isinstance(epoch, _Bins):
+            counts = epoch.first[rows + 1] - epoch.first[rows]
+            here = spread(epoch.first[rows], counts)
+            starts = epoch.starts[here]
+            return Pieces(counts, self.documents[epoch.which[here]], starts, starts + epoch.sizes[here])
+        begins = rows * self.length
+        ends = np.minimum(begins + self.length, self.pairs) + epoch.offset
+        begins = begins + epoch.offset
+        # Two stretches a row: the ring's up to its end, and those beyond it, from its beginning.
+        low = np.stack([begins, np.maximum(begins - self.pairs, 0)], 1)
+        high = np.stack([np.minimum(ends, self.pairs), np.maximum(ends - self.pairs, 0)], 1)
+        first = epoch.ends.searchsorted(low, side="right")
+        counts = np.where(low < high, epoch.ends.searchsorted(high, side="left") + 1 - first, 0)
+        here = spread(first.ravel(), counts.ravel())
+        which = epoch.order[here]
+        before = epoch.ends[here] - self._pairs[which]
+        starts = np.maximum(np.repeat(low.ravel(), counts.ravel()) - before, 0)
+        stops = np.minimum(np.repeat(high.ravel(), counts.ravel()) - before, self._pairs[which])
+        return Pieces(counts.sum(1), self.documents[which], starts, stops)
 
     def _epoch(self, number: int) -> _Ring | _Bins:
-        if self.seed is None:
-            number = 0
         with self._lock:
             if number not in self._epochs:
                 while len(self._epochs) > 1:  # readers cross from one epoch into the next: keep the latest two
@@ -290,19 +292,57 @@ def read_rows(plan: Rows, store: TokenReader, rows: Sequence[int | None]) -> Bat
 
     `segment_ids` count a row's pieces from 0 (-1 is padding), `positions` start again in each piece.
     """
-    batch = empty_batch(len(rows), plan.length)
-    pieces = [[] if n is None else plan.row(n) for n in rows]
-    tokens = iter(store.read([(p.document, p.start, p.stop + 1) for row in pieces for p in row]))
-    count = np.arange(plan.length, dtype=np.int32)
-    for b, row in enumerate(pieces):
-        at = 0
-        for segment, (_, start, stop) in enumerate(row):
-            ids, size = next(tokens), stop - start
-            here = slice(at, at + size)
-            batch["tokens"][b, here] = ids[:-1]
-            batch["targets"][b, here] = ids[1:]
-            batch["segment_ids"][b, here] = segment
-            batch["positions"][b, here] = count[:size]
-            at += size
-        batch["loss_mask"][b, :at] = True
-    return batch
+    asked = np.array([n is not None for n in rows], bool)
+    pieces = plan.pieces(np.array([n for n in rows if n is not None], np.int64))
+    sizes = pieces.stops - pieces.starts
+    if not len(sizes):
+        return empty_batch(len(rows), plan.length)
+    counts = np.zeros(len(rows), np.int64)
+    counts[asked] = pieces.counts
+    ids = store.read(pieces.documents, pieces.starts, pieces.stops + 1)
+    inner = np.ones(len(ids), bool)  # all but the last token of each piece
+    inner[np.cumsum(sizes + 1) - 1] = False
+    values = {
+        "tokens": ids[inner],
+        "targets": ids[1:][inner[:-1]],
+        "segment_ids": np.repeat(spread(np.zeros(len(counts), np.int32), counts), sizes),
+        "positions": spread(np.zeros(len(sizes), np.int32), sizes),
+    }
+    filled = np.add.reduceat(np.append(sizes, 0), np.minimum(np.cumsum(counts) - counts, len(sizes))) * (counts > 0)
+    return _in_rows(values, filled, plan.length)
+
+
+def _in_rows(values: dict[str, np.ndarray], filled: np.ndarray, length: int) -> Batch:
+    """Values that stand one after the other in rows, of each of which so many places are filled."""
+    if (filled == length).all():
+        batch = {name: x.astype(np.int32, copy=False).reshape(-1, length) for name, x in values.items()}
+        return batch | {"loss_mask": np.ones((len(filled), length), bool)}
+    batch = empty_batch(len(filled), length)
+    here = np.arange(length) < filled[:, None]
+    for name, x in values.items():
+        batch[name][here] = x
+    return batch | {"loss_mask": here}
+
+
+def by_group(groups: np.ndarray, of_group: Callable[[int, np.ndarray], Pieces]) -> Pieces:
+    """The pieces of rows that are looked up group by group, in the order of the rows.
+
+    Args:
+      groups: `[rows]`, the group of each.
+      of_group: from a group and its places in `groups`, the pieces of those rows.
+    """
+    found = [
+        (here, of_group(int(group), here)) for group in np.unique(groups) for here in [np.flatnonzero(groups == group)]
+    ]
+    if len(found) == 1:
+        return found[0][1]
+    counts = np.zeros(len(groups), np.int64)
+    for here, part in found:
+        counts[here] = part.counts
+    ends = np.cumsum(counts)
+    joined = Pieces(counts, *(np.zeros(ends[-1] if len(ends) else 0, np.int64) for _ in range(3)))
+    for here, part in found:
+        at = spread((ends - counts)[here], part.counts)
+        for whole, values in zip(joined[1:], part[1:], strict=True):
+            whole[at] = values
+    return joined

@@ -21,8 +21,8 @@ class Texts:
         ends = np.array([TOKENIZER.boundary], np.int32)
         self.documents = [np.concatenate([ends, TOKENIZER.encode(text), ends]) for text in TEXTS]
 
-    def read(self, ranges: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        return [self.documents[d][start:stop] for d, start, stop in ranges]
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.documents[d][a:b] for d, a, b in zip(documents, starts, stops, strict=True)])
 
 
 def made() -> tuple[Batch, Plan]:

@@ -19,6 +19,7 @@ from lm_jax.data.pipeline import Prepared, prepare, prepare_evaluation
 from lm_jax.data.store import Writer
 from lm_jax.data.tokenizers import Bytes
 from lm_jax.errors import ConfigError, UserError
+from tests.support.rows import row
 
 SIDES = ("train", "held_out")
 
@@ -99,7 +100,7 @@ def test_every_pair_is_in_one_row_an_epoch_and_shards_take_turns(tmp_path: Path,
         where = [
             plan.name_of(p.document).split()[-1]
             for n in range(plan.rows_per_epoch)
-            for p in plan.row(epoch * plan.rows_per_epoch + n)
+            for p in row(plan, epoch * plan.rows_per_epoch + n)
         ]
         order = list(dict.fromkeys(where))
         assert len(order) == len(sizes) and where == sorted(where, key=order.index)  # one shard after the other
@@ -110,14 +111,14 @@ def test_every_pair_is_in_one_row_an_epoch_and_shards_take_turns(tmp_path: Path,
 def test_a_row_anywhere_opens_its_own_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path / "corpus", [30] * 12)
     first = ready(tmp_path / "corpus", packing="best_fit", held_out=0.0)
-    everything = [first.train.plan.row(n) for n in range(first.train.plan.rows_per_epoch)]
+    everything = [row(first.train.plan, n) for n in range(first.train.plan.rows_per_epoch)]
     opened = []
     original = joined.Store
     monkeypatch.setattr(joined, "Store", lambda path: opened.append(path.name) or original(path))
     again = ready(tmp_path / "corpus", packing="best_fit", held_out=0.0)
     n = len(everything) // 2
     assert not opened  # how many rows there are is known
-    assert again.train.plan.row(n) == everything[n] and len(opened) == 1
+    assert row(again.train.plan, n) == everything[n] and len(opened) == 1
     read_rows(again.train.plan, again.train.store, range(len(everything)))
     assert isinstance(again.train.plan, ShardedPlan)
     assert len(again.train.plan._plans) <= OPEN and len(again.train.plan.shards._open) <= OPEN
