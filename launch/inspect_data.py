@@ -37,7 +37,9 @@ def main(config: ConfigDict) -> int:
     first = (STEP.value - 1) * train.batch_size
     numbers = range(first, first + min(ROWS.value, train.batch_size))
     plan, store = prepared.train.plan, prepared.train.store
-    rows = rows_of(read_rows(plan, store, list(numbers)), plan, numbers, prepared.tokenizer)
+    rows = rows_of(
+        read_rows(plan, store, list(numbers)), plan, numbers, prepared.tokenizer, run.data.prompt_field is not None
+    )
     where = f"step {STEP.value}: rows {first:,} on"
     if consumed := prepared.consumed(first):
         where += ", before them " + ", ".join(f"{n:,} of {name}" for name, n in consumed.items())

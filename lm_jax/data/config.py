@@ -26,6 +26,8 @@ class DataConfig:
       mixture: several sources instead of the one, by name, each with a weight; see `MixtureSource`.
       weights_by: what the weights of a mixture count, "tokens" or "documents".
       field: the field of a `.jsonl` line, or the column of a `.parquet` file, that holds the text.
+      prompt_field: the field of a prompt that stands before the text of `field`: the model reads it, the loss does not
+        count it; None for none.
       tokenizer: "bytes"; "characters" (those of the source); "sentencepiece" (learnt from the source on first use);
         or the path of one that is there already: a folder that launch.train_tokenizer wrote, a `.model` file of
         sentencepiece, a `tokenizer.json` of Hugging Face, a `.tiktoken` file.
@@ -39,6 +41,9 @@ class DataConfig:
         no document that fits a row, at the price of some padding.
       truncate: whether a document that is longer than a row is cut short instead of going on in another row; with
         "best_fit" and "first_fit".
+      fim_rate: the share of documents that are rewritten for filling in the middle, see `fim.py`; held-out text is not.
+      fim_spm_rate: of those, the share whose suffix stands first.
+      fim_tokens: the special tokens before prefix, suffix and middle; a "sentencepiece" tokenizer is learnt with them.
       max_epochs: the most passes over the source that a run may ask for.
       bad_documents: "refuse" stops at what cannot be a document (bad UTF-8, a broken line, no text in the field, too
         large), "drop" leaves it out and counts it.
@@ -53,6 +58,7 @@ class DataConfig:
     mixture: dict[str, MixtureSource] = dataclasses.field(default_factory=dict)
     weights_by: Literal["tokens", "documents"] = "tokens"
     field: str = "text"
+    prompt_field: str | None = None
     tokenizer: str = "sentencepiece"
     vocab_size: int = 4096
     boundary: bool = True
@@ -60,6 +66,9 @@ class DataConfig:
     test: float = 0.0
     packing: str = "split"
     truncate: bool = False
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: tuple[str, str, str] = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
     max_epochs: int = 8
     bad_documents: Literal["refuse", "drop"] = "refuse"
     altered_documents: Literal["refuse", "accept"] = "refuse"
@@ -97,6 +106,13 @@ class DataConfig:
         if self.truncate and self.packing == "split":
             problem = 'goes with data.packing = "best_fit" or "first_fit": "split" leaves nothing out'
             raise ConfigError("data.truncate", problem)
+        for name in ("fim_rate", "fim_spm_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name}", f"{getattr(self, name)} is no share", "give 0 to 1")
+        if self.fim_rate and self.prompt_field is not None:
+            raise ConfigError("data.fim_rate", "does not go with data.prompt_field: a prompt must stay in front")
+        if self.prompt_field is not None and self.prompt_field in ("", self.field):
+            raise ConfigError("data.prompt_field", f"{self.prompt_field!r} is no other field than data.field")
         if self.weights_by not in ("tokens", "documents"):
             raise ConfigError("data.weights_by", f"{self.weights_by!r} is unknown", "give tokens or documents")
         if self.bad_documents not in ("refuse", "drop"):
@@ -111,7 +127,7 @@ class DataConfig:
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.field, self.bad_documents, self.max_document_bytes)
+        return Policy(self.field, self.bad_documents, self.max_document_bytes, self.prompt_field)
 
     def parts(self) -> dict[str, tuple[str, DataConfig]]:
         """By name, what prefix the keys of a source have in messages, and a config with that source alone.

@@ -99,8 +99,9 @@ class Corpus:
                 )
             count += 1
             if self._cut:
-                yield Document(document.text[: self._cut], document.origin)
-                yield Document(document.text[self._cut :], document.origin)
+                prompt = document.prompt
+                yield Document(document.text[: self._cut], document.origin, min(prompt, self._cut))
+                yield Document(document.text[self._cut :], document.origin, max(prompt - self._cut, 0))
             else:
                 yield document
         if count != len(self._hashes):
@@ -171,6 +172,7 @@ class _Job:
     sides: list[int] = dataclasses.field(default_factory=list)  # of the documents that were written, in `SIDES`
     bytes: list[int] = dataclasses.field(default_factory=list)
     predicted_bytes: list[int] = dataclasses.field(default_factory=list)
+    prompts: list[int] = dataclasses.field(default_factory=list)  # tokens of each document that are its prompt
     tokens_in: int = 0
     tokens_dropped: int = 0
     altered: int = 0
@@ -201,7 +203,13 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: 
             _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
     tokenizer.save(directory)
     sides = np.array(job.sides, np.int8)
-    writer.finish(sides == 1, _manifest(job), sides == 2 if corpus.test.any() else None)
+    prompts = np.array(job.prompts, np.int64)
+    writer.finish(
+        sides == 1,
+        _manifest(job),
+        test=sides == 2 if corpus.test.any() else None,
+        prompts=prompts if prompts.any() else None,
+    )
 
 
 _Entry = tuple[Document, int, int]  # a document, its side in `SIDES`, its size in bytes
@@ -220,9 +228,10 @@ def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
         yield batch
 
 
-def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
+def _tokenise_batch(batch: list[_Entry], encoded: list[list[np.ndarray]], tokenizer: Tokenizer, job: _Job) -> None:
     edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
-    for (document, side, size), inner in zip(batch, encoded, strict=True):
+    for (document, side, size), parts in zip(batch, encoded, strict=True):
+        inner = np.concatenate(parts)
         ids = np.concatenate([*edge, inner, *edge])
         job.tokens_in += len(ids)
         if edge and (inner == tokenizer.boundary).any():
@@ -238,8 +247,10 @@ def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: T
             job.writer.write(ids)
             job.sides.append(side)
             job.bytes.append(size)
+            job.prompts.append(len(edge) + len(parts[0]) if document.prompt else 0)
             # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
-            job.predicted_bytes.append(size if edge else size - tokenizer.bytes_of(int(ids[0])))
+            first = 0 if edge or document.prompt else tokenizer.bytes_of(int(ids[0]))
+            job.predicted_bytes.append(size - len(document.text[: document.prompt].encode("utf-8")) - first)
             if not tokenizer.exact and (back := tokenizer.decode(inner)) != document.text:
                 difference = first_difference(document.text, back)
                 if job.refuse_altered:
@@ -265,9 +276,14 @@ def altered_document(origin: str, difference: str) -> UserError:
     )
 
 
-def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[np.ndarray]:
+def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[list[np.ndarray]]:
+    """The ids of each document: of its prompt, where it has one, and of the rest, so that no token lies across."""
+    texts = []
+    for document, _, _ in batch:
+        texts += [document.text[: document.prompt]] * bool(document.prompt) + [document.text[document.prompt :]]
     try:
-        return tokenizer.encode_batch([document.text for document, _, _ in batch], progress.advance)
+        encoded = iter(tokenizer.encode_batch(texts, progress.advance))
+        return [[next(encoded) for _ in range(1 + bool(document.prompt))] for document, _, _ in batch]
     except UserError:
         for document, _, _ in batch:  # whose text was it?
             try:
@@ -293,7 +309,7 @@ def _manifest(job: _Job) -> dict[str, Any]:
         "documents": {**{side: int(mask.sum()) for side, mask in sides.items()}, "altered": job.altered},
         "dropped": dict(sorted(job.dropped.items())),
         "tokens": {"in": job.tokens_in, "out": out, "dropped": job.tokens_dropped, **by_side(lengths)},
-        "targets": by_side(lengths - 1),
+        "targets": by_side(lengths - np.maximum(job.prompts, 1)),  # the loss counts no prompt
         "bytes": by_side(job.bytes),
         "predicted_bytes": by_side(job.predicted_bytes),
     }

@@ -50,7 +50,7 @@ class Row(NamedTuple):
     padding: int
 
 
-def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer) -> list[Row]:
+def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer, prompts: bool = False) -> list[Row]:
     """A batch decoded.
 
     Args:
@@ -58,9 +58,11 @@ def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer) -> l
       plan: whose rows they are.
       numbers: which, `[B]`.
       tokenizer: of the tokens.
+      prompts: whether the documents begin with prompts, which the loss is not to count.
 
     Raises:
-      UserError: where the loss counts nothing at all, or counts padding: such a batch teaches nothing, or nonsense.
+      UserError: where the loss counts nothing at all, or padding, or every prompt: such a batch teaches nothing, or what
+        it should not.
     """
     mask, padding = batch["loss_mask"], batch["segment_ids"] < 0
     if not mask.any():
@@ -68,6 +70,8 @@ def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer) -> l
     if (mask & padding).any():
         b, t = np.argwhere(mask & padding)[0]
         raise UserError(f"row {numbers[b]}: the loss counts padding, at place {t} first")
+    if prompts and (mask | padding).all():
+        raise UserError("the loss counts every token, although data.prompt_field is set: the prompts are empty")
     found = []
     for b, number in enumerate(numbers):
         segments = []

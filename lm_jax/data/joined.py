@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.data import cache
+from lm_jax.data.fim import FillInTheMiddle, FimReader, plan_of
 from lm_jax.data.packing import Pieces, Plan, TokenReader, by_group, key, permutation
 from lm_jax.data.progress import Progress
 from lm_jax.data.store import MANIFEST, Store, spread, whole
@@ -92,8 +93,14 @@ class Shards:
             self._open.move_to_end(number)
             return self._open[number]
 
-    def reader(self) -> Joined:
-        return Joined(self.sizes, self.store)
+    def reader(self, fim: FillInTheMiddle | None = None) -> Joined:
+        """What reads the documents, numbered through all shards, rewritten where there is a way to."""
+
+        def of_shard(number: int) -> TokenReader:
+            store = self.store(number)
+            return store if fim is None else FimReader(fim.of_shard(number), store, store.lengths)
+
+        return Joined(self.sizes, of_shard)
 
 
 class ShardedPlan:
@@ -105,10 +112,21 @@ class ShardedPlan:
     Attributes: as of `Rows`.
     """
 
-    def __init__(self, shards: Shards, side: str, root: Path, *, length: int, seed: int | None, **packed: Any) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        side: str,
+        fim: FillInTheMiddle | None,
+        root: Path,
+        *,
+        length: int,
+        seed: int | None,
+        **packed: Any,
+    ) -> None:
         """Args:
           shards: the corpus.
           side: which of its documents.
+          fim: how they are rewritten; None: not at all.
           root: of the cache.
           length, seed, packed: as of `Plan`.
 
@@ -116,6 +134,7 @@ class ShardedPlan:
           UserError: where no document has two tokens.
         """
         self.shards, self.side, self.length, self.seed = shards, side, length, seed
+        self._fim = fim
         self._packed, self._plans = packed, collections.OrderedDict[int, Plan]()
         self._lock = threading.Lock()
         counts = self._counted(root)
@@ -135,9 +154,9 @@ class ShardedPlan:
 
     @property
     def way(self) -> str:
-        if self._packed.get("packing", "split") == "split":
-            return ""
-        return f", {self._packed['packing']}" + (", truncated" if self._packed.get("truncate") else "")
+        packed = self._packed.get("packing", "split")
+        way = "" if packed == "split" else f", {packed}" + (", truncated" if self._packed.get("truncate") else "")
+        return way + ("" if self._fim is None else f", {self._fim.way}")
 
     def name_of(self, document: int) -> str:
         shard = bisect.bisect_right(self._firsts, document) - 1
@@ -182,14 +201,14 @@ class ShardedPlan:
 
     def _make(self, shard: int) -> Plan:
         store = self.shards.store(shard)
-        documents = store.documents(self.side)
         # Each shard has an order of its own, also beside one of the same lengths.
         seed = None if self.seed is None else key(self.seed, shard, "shard")
-        return Plan(documents, store.lengths[documents], length=self.length, seed=seed, **self._packed)
+        fim = self._fim and self._fim.of_shard(shard)
+        return plan_of(store, self.side, fim, length=self.length, seed=seed, **self._packed)
 
     def _counted(self, root: Path) -> np.ndarray:
         """Of each shard its rows, pairs and pairs left out `[shards, 3]`; from the cache where they were counted."""
-        about = f"rows 1, {self.side}, length {self.length}{self.way}"
+        about = f"rows 1, {self.side}, length {self.length}{self.way}, {self._fim and self._fim.seed}"
         path = root / "rows" / f"{cache.digest(about, self.shards.content)}.npy"
         try:
             counts = np.load(path, allow_pickle=False)

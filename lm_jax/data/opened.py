@@ -11,7 +11,6 @@ from lm_jax.data import cache, tokenizers
 from lm_jax.data.config import DataConfig
 from lm_jax.data.corpus import Corpus, altered_document, tokenise
 from lm_jax.data.joined import Shards, is_sharded
-from lm_jax.data.packing import TokenReader
 from lm_jax.data.sources import Files, find_files
 from lm_jax.data.store import Store, whole
 from lm_jax.data.tokenizers import Tokenizer
@@ -47,9 +46,6 @@ class Opened:
     def size(self) -> int:
         """Documents on all sides."""
         return sum(self.tokens.sizes) if isinstance(self.tokens, Shards) else len(self.tokens.lengths)
-
-    def reader(self) -> TokenReader:
-        return self.tokens.reader() if isinstance(self.tokens, Shards) else self.tokens
 
 
 def open_sources(config: DataConfig) -> tuple[Tokenizer, dict[str, Opened]]:
@@ -100,7 +96,7 @@ def _entry(config: DataConfig, files: Files, tokenizer: Tokenizer | None, root: 
     settings = {
         "format": FORMAT,
         "contents": _contents(files, root),
-        "policy": dataclasses.asdict(config.policy),
+        "policy": _policy(config),
         "held_out": config.held_out,
         "tokenizer": tokenizer.fingerprint if tokenizer else _wish(config),
         **({"test": config.test} if config.test else {}),
@@ -111,6 +107,11 @@ def _entry(config: DataConfig, files: Files, tokenizer: Tokenizer | None, root: 
         tokenise(corpus, tokenizer or _learn(config, {"": corpus}), directory, altered=config.altered_documents)
 
     return cache.entry(root, cache.digest(json.dumps(settings, sort_keys=True)), build, whole)
+
+
+def _policy(config: DataConfig) -> dict[str, object]:
+    """How documents are taken, without what is not asked for: entries from before it could be stay good."""
+    return {name: value for name, value in dataclasses.asdict(config.policy).items() if value is not None}
 
 
 def _contents(files: Files, root: Path) -> list[str]:
@@ -138,7 +139,9 @@ def _given(config: DataConfig, parts: Mapping[str, tuple[str, DataConfig]]) -> T
 
 def _wish(config: DataConfig) -> list[object]:
     """What decides a tokenizer that is made of text, but for the text."""
-    return [config.tokenizer, config.boundary, config.vocab_size if config.tokenizer == "sentencepiece" else None]
+    learnt = config.tokenizer == "sentencepiece"
+    wish: list[object] = [config.tokenizer, config.boundary, config.vocab_size if learnt else None]
+    return [*wish, *(config.fim_tokens if learnt and config.fim_rate else ())]
 
 
 def _learn(config: DataConfig, corpora: Mapping[str, Corpus]) -> Tokenizer:
@@ -151,7 +154,8 @@ def _learn(config: DataConfig, corpora: Mapping[str, Corpus]) -> Tokenizer:
     weights = {name: max(weight for _, weight in config.mixture[name].pairs) if name else 1.0 for name in corpora}
     total = sum(weights.values())
     sample = [text for name, one in corpora.items() for text in one.sample(max(1, int(SAMPLE * weights[name] / total)))]
-    return tokenizers.train_sentencepiece(sample, config.vocab_size, config.boundary)
+    special = config.fim_tokens if config.fim_rate else ()
+    return tokenizers.train_sentencepiece(sample, config.vocab_size, config.boundary, special)
 
 
 def _learn_together(config: DataConfig, parts: Mapping[str, tuple[str, DataConfig]]) -> Tokenizer:
@@ -162,7 +166,7 @@ def _learn_together(config: DataConfig, parts: Mapping[str, tuple[str, DataConfi
     settings = {
         "format": FORMAT,
         "contents": [[name, _contents(one, root)] for name, one in files.items()],
-        "policies": [dataclasses.asdict(part.policy) for _, part in parts.values()],
+        "policies": [_policy(part) for _, part in parts.values()],
         "weights": [one.pairs for one in config.mixture.values()] if learnt else None,
         "held_out": [config.held_out, config.test],
         "tokenizer": _wish(config),

@@ -42,6 +42,7 @@ class Pieces(NamedTuple):
     documents: np.ndarray  # [pieces]
     starts: np.ndarray  # [pieces]
     stops: np.ndarray  # [pieces]
+    prompts: np.ndarray  # [pieces]: the first so many tokens of the document are no targets that the loss counts
 
 
 class TokenReader(Protocol):
@@ -123,6 +124,8 @@ class Plan:
         content: str = "",
         packing: str = "split",
         truncate: bool = False,
+        prompts: np.ndarray | None = None,
+        rewritten: str = "",
     ) -> None:
         """Args:
           documents: `[n]`, the numbers by which the reader knows the documents.
@@ -132,6 +135,8 @@ class Plan:
           content: a fingerprint of what the tokens are.
           packing: of `PACKINGS`.
           truncate: whether what a document has beyond a row is left out; not with `split`.
+          prompts: `[n]`, how many tokens at the beginning of each document are no targets for the loss; None: none.
+          rewritten: what was done to the documents' tokens, in words.
 
         Raises:
           UserError: where no document has two tokens.
@@ -139,6 +144,8 @@ class Plan:
         pairs = np.asarray(tokens, np.int64) - 1
         self.documents = np.asarray(documents, np.int64)[pairs > 0]
         self._pairs = pairs[pairs > 0]
+        self._prompts = np.zeros(len(self._pairs), np.int64) if prompts is None else prompts[pairs > 0]
+        self._rewritten = rewritten
         self.length, self.seed, self.content, self.packing, self.truncate = length, seed, content, packing, truncate
         everything = int(self._pairs.sum())
         if everything == 0:
@@ -164,13 +171,13 @@ class Plan:
             self.content,
             self.documents.tobytes(),
             self._pairs.tobytes(),
+            *([self._prompts.tobytes()] if self._prompts.any() else []),
         )
 
     @property
     def way(self) -> str:
-        if self.packing == "split":
-            return ""
-        return f", {self.packing}" + (", truncated" if self.truncate else "")
+        packed = "" if self.packing == "split" else f", {self.packing}" + (", truncated" if self.truncate else "")
+        return packed + (f", {self._rewritten}" if self._rewritten else "")
 
     def name_of(self, document: int) -> str:
         return f"document {document}"
@@ -186,8 +193,9 @@ class Plan:
         if isinstance(epoch, _Bins):
             counts = epoch.first[rows + 1] - epoch.first[rows]
             here = spread(epoch.first[rows], counts)
-            starts = epoch.starts[here]
-            return Pieces(counts, self.documents[epoch.which[here]], starts, starts + epoch.sizes[here])
+            starts, which = epoch.starts[here], epoch.which[here]
+            stops = starts + epoch.sizes[here]
+            return Pieces(counts, self.documents[which], starts, stops, self._prompts[which])
         begins = rows * self.length
         ends = np.minimum(begins + self.length, self.pairs) + epoch.offset
         begins = begins + epoch.offset
@@ -201,7 +209,7 @@ class Plan:
         before = epoch.ends[here] - self._pairs[which]
         starts = np.maximum(np.repeat(low.ravel(), counts.ravel()) - before, 0)
         stops = np.minimum(np.repeat(high.ravel(), counts.ravel()) - before, self._pairs[which])
-        return Pieces(counts.sum(1), self.documents[which], starts, stops)
+        return Pieces(counts.sum(1), self.documents[which], starts, stops, self._prompts[which])
 
     def _epoch(self, number: int) -> _Ring | _Bins:
         with self._lock:
@@ -229,7 +237,7 @@ class Plan:
             order, turn, rows = np.arange(n), np.zeros(n, np.uint64), np.arange(self.rows_per_epoch)
         else:
             order = permutation(n, key(self.seed, number, "documents"))
-            turn = hashes(n, key(self.seed, number, "offset"))
+            turn = hashes(np.arange(n), key(self.seed, number, "offset"))
             rows = permutation(self.rows_per_epoch, key(self.seed, number, "rows"))
         full, rest = np.divmod(self._pairs, length)
         # What is left of a document stands behind so many of its whole rows.
@@ -260,13 +268,13 @@ def key(seed: int, epoch: int, use: str) -> int:
 
 def permutation(n: int, key: int) -> np.ndarray:
     """0 .. n - 1 in the order of their hashes."""
-    return np.argsort(hashes(n, key), kind="stable")
+    return np.argsort(hashes(np.arange(n), key), kind="stable")
 
 
-def hashes(n: int, key: int) -> np.ndarray:
-    """A number of 64 bits for each of 0 .. n - 1 (splitmix64, Steele et al. 2014)."""
+def hashes(numbers: np.ndarray, key: int) -> np.ndarray:
+    """A number of 64 bits for each of some numbers (splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
-        x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
@@ -309,7 +317,13 @@ def read_rows(plan: Rows, store: TokenReader, rows: Sequence[int | None]) -> Bat
         "positions": spread(np.zeros(len(sizes), np.int32), sizes),
     }
     filled = np.add.reduceat(np.append(sizes, 0), np.minimum(np.cumsum(counts) - counts, len(sizes))) * (counts > 0)
-    return _in_rows(values, filled, plan.length)
+    batch = _in_rows(values, filled, plan.length)
+    if pieces.prompts.any():
+        at = (
+            np.repeat(pieces.starts + 1 - pieces.prompts, sizes) + values["positions"]
+        )  # of each target behind the prompt
+        batch["loss_mask"][batch["loss_mask"]] = at >= 0
+    return batch
 
 
 def _in_rows(values: dict[str, np.ndarray], filled: np.ndarray, length: int) -> Batch:
@@ -340,7 +354,7 @@ def by_group(groups: np.ndarray, of_group: Callable[[int, np.ndarray], Pieces]) 
     for here, part in found:
         counts[here] = part.counts
     ends = np.cumsum(counts)
-    joined = Pieces(counts, *(np.zeros(ends[-1] if len(ends) else 0, np.int64) for _ in range(3)))
+    joined = Pieces(counts, *(np.zeros(ends[-1] if len(ends) else 0, np.int64) for _ in range(4)))
     for here, part in found:
         at = spread((ends - counts)[here], part.counts)
         for whole, values in zip(joined[1:], part[1:], strict=True):

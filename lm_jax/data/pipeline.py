@@ -10,10 +10,11 @@ from typing import Any
 from lm_jax.data import cache, mixture, tokenizers
 from lm_jax.data.config import DataConfig
 from lm_jax.data.corpus import SIDES
+from lm_jax.data.fim import FillInTheMiddle, FimReader, plan_of
 from lm_jax.data.joined import Joined, ShardedPlan, Shards
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.opened import Opened, open_source, open_sources
-from lm_jax.data.packing import Plan, Rows, TokenReader
+from lm_jax.data.packing import Rows, TokenReader
 from lm_jax.data.sources import SUFFIXES
 from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.errors import ConfigError, UserError
@@ -103,7 +104,8 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
     """
     tokenizer, opened = open_sources(config)
     sets = {
-        name: {side: _text_set(one, side, length, seed, config) for side in _sides(one, config)}
+        name: {side: _text_set(one, side, length) for side in _sides(one, config)}
+        | {"train": _train_set(one, length, seed, config, tokenizer)}
         for name, one in opened.items()
     }
     notes = [(name, note) for name, one in opened.items() for note in _notes(one, tokenizer, config)]
@@ -148,39 +150,64 @@ def prepare_evaluation(
     one = open_source(plain, tokenizer, key)
     for note in _notes(one, tokenizer, None):
         print(f"{one.label}: {note}", file=sys.stderr)
-    return _text_set(one, "train", length, None, None)
+    return _text_set(one, "train", length)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def _sides(one: Opened, config: DataConfig) -> list[str]:
-    """The sides of a source that a config asks for; what a corpus in shards keeps for the test was said before."""
-    asked = ["train", *(["held_out"] if config.held_out else []), *(["test"] if config.test else [])]
+    """What a config holds out of a source; of a corpus in shards, what was held out when it was prepared."""
     if isinstance(one.tokens, Shards):
-        return ["train", *(side for side in SIDES[1:] if one.has(side) and (side in asked or side == "test"))]
-    return asked
+        return [side for side in ("held_out", "test") if one.has(side) and (config.held_out or side == "test")]
+    return [side for side, share in (("held_out", config.held_out), ("test", config.test)) if share]
 
 
-def _text_set(one: Opened, side: str, length: int, seed: int | None, config: DataConfig | None) -> TextSet:
-    """Rows of a side of a source: to train on, packed as the config says; else in order, split, all of the text."""
-    packed: dict[str, Any] = {}
-    if side == "train" and config is not None:
-        packed = {"packing": config.packing, "truncate": config.truncate}
-    order = seed if packed else None
+def _train_set(one: Opened, length: int, seed: int, config: DataConfig, tokenizer: Tokenizer) -> TextSet:
+    """Rows to train on, as the config says."""
+    fim = _fim(config, tokenizer, seed)
+    return _text_set(one, "train", length, seed, fim, packing=config.packing, truncate=config.truncate)
+
+
+def _text_set(
+    one: Opened, side: str, length: int, seed: int | None = None, fim: FillInTheMiddle | None = None, **packed: Any
+) -> TextSet:
+    """Rows of a side of a source; without more words in order, split, all of the text."""
     plan: Rows
+    reader: TokenReader
     try:
         if isinstance(one.tokens, Shards):
-            plan = ShardedPlan(one.tokens, side, one.root, length=length, seed=order, **packed)
+            plan = ShardedPlan(one.tokens, side, fim, one.root, length=length, seed=seed, **packed)
+            reader = one.tokens.reader(fim)
         else:
-            documents = one.tokens.documents(side)
-            lengths = one.tokens.lengths[documents]
-            plan = Plan(documents, lengths, length=length, seed=order, content=one.content, **packed)
+            plan = plan_of(one.tokens, side, fim, length=length, seed=seed, content=one.content, **packed)
+            reader = one.tokens if fim is None else FimReader(fim, one.tokens, one.tokens.lengths)
     except UserError as error:
         what = {"train": "the text", "held_out": "what is held out", "test": "what is kept for the test"}[side]
         raise UserError(f"{one.label}: {what} is too short: {error}") from None
     counted = one.tokens.manifest
-    return TextSet(one.reader(), plan, counted["predicted_bytes"][side] / counted["targets"][side])
+    return TextSet(reader, plan, counted["predicted_bytes"][side] / counted["targets"][side])
+
+
+def _fim(config: DataConfig, tokenizer: Tokenizer, seed: int) -> FillInTheMiddle | None:
+    """How documents are rewritten, with the tokenizer's special tokens; None where they are not.
+
+    Raises:
+      ConfigError: where the tokenizer has not all of them.
+    """
+    if not config.fim_rate:
+        return None
+    missing = [name for name in config.fim_tokens if name not in tokenizer.special]
+    if missing:
+        there = ", ".join(list(tokenizer.special)[:8]) or "none"
+        raise ConfigError(
+            "data.fim_tokens",
+            f"the tokenizer has no special token {missing[0]!r}; it has {there}",
+            "name those that it has, or train one with them: launch.train_tokenizer --special=..",
+        )
+    prefix, suffix, middle = (tokenizer.special[name] for name in config.fim_tokens)
+    edge = 0 if tokenizer.boundary is None else 1
+    return FillInTheMiddle(config.fim_rate, config.fim_spm_rate, prefix, suffix, middle, edge, seed)
 
 
 def _mixed(config: DataConfig, sets: Mapping[str, TextSet], opened: Mapping[str, Opened], seed: int) -> TextSet:
@@ -255,7 +282,9 @@ def _packed(plan: Rows) -> list[str]:
     if not plan.way:
         return []
     share = plan.pairs / (plan.rows_per_epoch * plan.length)
-    notes = [f"packed by {plan.way.split(', ')[1]}: {_count(plan.rows_per_epoch, 'row')} an epoch, {share:.1%} full"]
+    way = plan.way.removeprefix(", ")
+    packed = "" if way.startswith("fill") else "packed by "
+    notes = [f"{packed}{way}: {_count(plan.rows_per_epoch, 'row')} an epoch, {share:.1%} full"]
     if plan.left_out:
         total = plan.pairs + plan.left_out
         notes.append(f"truncated: {plan.left_out:,} of {total:,} tokens are beyond their row and never trained on")

@@ -77,13 +77,25 @@ class Writer:
         except RuntimeError as error:  # what it throws for a full disk as well
             raise OSError(0, str(error).splitlines()[0]) from error
 
-    def finish(self, held_out: np.ndarray, manifest: dict[str, Any], test: np.ndarray | None = None) -> None:
-        """Writes which documents are held out, and which are for the test (None: none), each `[documents]` bool; and
-        what there is to know about the store."""
+    def finish(
+        self,
+        held_out: np.ndarray,
+        manifest: dict[str, Any],
+        *,
+        test: np.ndarray | None = None,
+        prompts: np.ndarray | None = None,
+    ) -> None:
+        """Writes what there is to know about the store.
+
+        Args:
+          held_out: `[documents]` bool.
+          manifest: plain values.
+          test: `[documents]` bool, which are for the test; None: none.
+          prompts: `[documents]`, how many tokens at the beginning are a prompt; None: none anywhere.
+        """
         self._close()
         arrays: dict[str, Any] = {"lengths": np.array(self.lengths, np.int64), "held_out": held_out}
-        if test is not None:
-            arrays["test"] = test
+        arrays |= {name: x for name, x in (("test", test), ("prompts", prompts)) if x is not None}
         np.savez(self.directory / DOCUMENTS, **arrays)
         names = [*map(shard_name, range(self.shards)), DOCUMENTS]
         sizes = {name: (self.directory / name).stat().st_size for name in names}
@@ -106,6 +118,7 @@ class Store:
     Attributes:
       lengths: `[documents]` int64, tokens of each.
       held_out, test: `[documents]` bool.
+      prompts: `[documents]` int64, tokens at the beginning that are a prompt.
       manifest: what the writer was told, plain values.
     """
 
@@ -115,6 +128,7 @@ class Store:
         with np.load(directory / DOCUMENTS, allow_pickle=False) as arrays:
             self.lengths, self.held_out = arrays["lengths"], arrays["held_out"]
             self.test = arrays["test"] if "test" in arrays else np.zeros_like(self.held_out)
+            self.prompts = arrays["prompts"] if "prompts" in arrays else np.zeros_like(self.lengths)
         self._dtype = np.dtype(self.manifest["dtype"])
         records = -(-self.lengths // CHUNK)
         self._first = np.cumsum(records) - records

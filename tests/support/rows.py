@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
 def row(plan: Rows, n: int) -> list[Piece]:
     """The pieces of row `n`."""
-    counts, *columns = plan.pieces(np.array([n]))
+    counts, *columns, _ = plan.pieces(np.array([n]))
     assert counts.tolist() == [len(columns[0])]
     return [Piece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
