@@ -24,7 +24,7 @@ class DataConfig:
         embedded default: the source text of the running interpreter's own standard library (`./python` is a folder of
         that name); or a folder that launch.prepare_data wrote, tokens, tokenizer and what is held out with it.
       mixture: several sources instead of the one, by name, each with a weight; see `MixtureSource`.
-      weights_by: what the weights of a mixture count, "tokens" or "documents".
+      weights_by: what the weights of a mixture count, "tokens" (rows, which are all but full) or "documents".
       field: the field of a `.jsonl` line, or the column of a `.parquet` file, that holds the text.
       prompt_field: the field of a prompt that stands before the text of `field`: the model reads it, the loss does not
         count it; None for none.

@@ -61,8 +61,8 @@ def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer, prom
       prompts: whether the documents begin with prompts, which the loss is not to count.
 
     Raises:
-      UserError: where the loss counts nothing at all, or padding, or every prompt: such a batch teaches nothing, or what
-        it should not.
+      UserError: where the loss counts nothing at all, or padding, or every prompt: such a batch teaches nothing, or
+        what it should not.
     """
     mask, padding = batch["loss_mask"], batch["segment_ids"] < 0
     if not mask.any():

@@ -157,16 +157,13 @@ def stages_of(
     Args:
       mixture: the config's.
       parts: the rows of each source.
-      documents: how many each source trains on, where weights are of documents; None where they are of tokens. Rows of
-        `split` count as full, as all but one an epoch are; how full others are counts to a hundredth.
+      documents: how many each source trains on, where weights are of documents. None where they are of tokens: a row
+        counts as full, which all but a few are under every packing.
     """
-    scale = {}
-    for name, part in parts.items():
-        if documents is None:
-            full = part.pairs / (part.rows_per_epoch * part.length) if part.way else 1
-            scale[name] = 1 / Fraction(max(1, round(100 * full)), 100)
-        else:
-            scale[name] = Fraction(part.rows_per_epoch, documents[name])
+    scale = {
+        name: Fraction(part.rows_per_epoch, documents[name] if documents else part.rows_per_epoch)
+        for name, part in parts.items()
+    }
     length = next(iter(parts.values())).length
     stages: dict[int, Stage] = {}
     for tokens in _changes(mixture):

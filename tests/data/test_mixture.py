@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 import pytest
 
+from lm_jax.data import loader
 from lm_jax.data.config import DataConfig
 from lm_jax.data.mixture import Mixture, MixtureSource
 from lm_jax.data.packing import read_rows
@@ -157,3 +160,41 @@ def test_what_cannot_be_met_is_refused(
 def test_a_source_that_is_not_there_is_named_by_its_key(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.mixture\.z\.source: .*z\.jsonl' does not exist"):
         ready(folder, {"a": 1.0, "z": 1.0})
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_hosts_and_workers_do_not_show_in_the_global_batches(folder: Path, threads: int) -> None:
+    """Shuffled, mixed and packed: what 1 to 16 hosts read is one batch, and nothing of an epoch is lost or repeated."""
+    made = ready(folder, {"a": 0.6, "b": 0.4}, packing="best_fit", seed=5)
+    plan, size = made.train.plan, 16
+    rows = 6 * size
+    expected = read_rows(plan, made.train.store, range(rows))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    for hosts in (1, 2, 4, 8, 16):
+        share = size // hosts
+        parts = []
+        for host in range(hosts):
+            needed = np.arange(host * share, (host + 1) * share)
+            source = loader._Rows(plan, made.train.store, size, 0, rows, needed)
+            parts.append(list(grain.MapDataset.source(source).to_iter_dataset(options)))
+        for name, values in expected.items():
+            whole = np.concatenate([np.concatenate([part[step][name] for part in parts]) for step in range(6)])
+            np.testing.assert_array_equal(whole, values)
+    half = loader._Rows(plan, made.train.store, 12, 3 * size, rows, np.arange(12))  # goes on with another batch size
+    rest = np.concatenate([batch["tokens"] for batch in grain.MapDataset.source(half)])
+    np.testing.assert_array_equal(rest[: rows - 3 * size], expected["tokens"][3 * size :])
+
+
+def test_an_epoch_of_a_source_loses_and_repeats_nothing(folder: Path) -> None:
+    made = ready(folder, {"a": 0.6, "c": 0.4}, packing="best_fit", held_out=0.0)
+    plan = made.train.plan
+    assert isinstance(plan, Mixture)
+    epoch = plan.parts[1].rows_per_epoch
+    turns = [n for n in range(5 * epoch) if plan.quota.turn(n)[0] == 1]
+    texts = [json.loads(line)["text"] for line in (folder / "c.jsonl").read_text().splitlines()]
+    pairs = sorted(pair for t in texts for pair in itertools.pairwise([256, *t.encode(), 256]))
+    for number in range(2):
+        batch = read_rows(plan, made.train.store, turns[number * epoch : (number + 1) * epoch])
+        mask = batch["loss_mask"]
+        found = zip(batch["tokens"][mask].tolist(), batch["targets"][mask].tolist(), strict=True)
+        assert sorted(found) == pairs
