@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import cli
 from launch import preflight as launcher
 from lm_jax import costs
+from lm_jax.config import assign, build
 from lm_jax.models.transformer import TransformerConfig
 from lm_jax.preflight import verdict as verdicts
 from lm_jax.preflight.buffers import CLASSES
@@ -119,6 +121,36 @@ def test_costs_predict_every_policy(remat: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
     run = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, remat=remat))
     size = preflight(run, SLICE)
+    assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "keys"),
+    [
+        ("tiny", "v5e:1x1", {}),
+        ("tiny", "v5e:2x2", {}),
+        ("shakespeare_char", "v5e:1x1", {}),
+        ("125m", "v5e:4x4", {}),
+        ("350m", "v5e:4x4", {}),
+        ("760m", "v5e:4x4", {}),
+        ("1b", "v5e:4x4", {}),
+        ("3b", "v5p:4x4x4", {}),
+        ("7b", "v5p:4x4x4", {}),
+        ("13b", "v5p:4x4x8", {}),
+        ("70b", "v5p:4x4x8", {}),
+        ("125m", "v5e:2x2", {"mesh.sequence": 2, "mesh.context": "ring"}),
+        ("125m", "v5e:2x2", {"mesh.sequence": 2, "mesh.context": "all_to_all"}),
+    ],
+)
+def test_costs_predict_every_shipped_config(
+    name: str, topology: str, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/what_fits.py compares the larger ones on more slices."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    values = cli.load(f"configs/{name}.py")
+    assign(values, keys)
+    size = preflight(build(RunConfig, values).with_likely_vocab(), target_of(topology))
     assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
 
 
