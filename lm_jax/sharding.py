@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.errors import ConfigError
@@ -182,8 +182,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         placed = create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled
-    # out.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    # out. It refuses an axis that takes a part of a dimension of the torus (2 of 4x4x4), which the wiring allows.
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    except NotImplementedError:
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def one_device_mesh() -> Mesh:
