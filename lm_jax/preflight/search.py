@@ -73,22 +73,33 @@ def search(
       tell: is handed what is going on, with the time that is left.
     """
     work = _Work(tries, tell, float(first["seconds"]))
-    found = [Found({}, first)]
     guesses = candidates(config, target, 2 * tries) or candidates(config, target, 2 * tries, slack=_OFF)
+    found = [Found({}, first), *_tried(config, target, guesses, work, found=bool(first["fits"]))]
+    if not any(f.fits for f in found):
+        work.left = work.left or 1
+        found += _on_larger(config, target, work)
+    return sorted(found, key=lambda f: (not f.fits, f.verdict["chips"], f.seconds))
+
+
+def _tried(config: RunConfig, target: Target, guesses: list[Guess], work: _Work, *, found: bool) -> list[Found]:
+    """What is compiled of the guesses, and of finer cuts of those that do not fit. Args: found: whether one that fits
+    is known already."""
+    compiled: list[Found] = []
     while guesses and work.left:
         # Where none fits yet, the last try is for the one that needs least.
-        last = work.left == 1 and not any(f.fits for f in found)
+        last = work.left == 1 and not found and not any(f.fits for f in compiled)
         guess = min(guesses, key=lambda g: g.need) if last else guesses[0]
-        guesses.remove(guess)
+        guesses = [g for g in guesses if g is not guess]
         verdict = work.compile(guess, target)
         if verdict is None:
             continue
-        found.append(Found(guess.keys, verdict))
+        compiled.append(Found(guess.keys, verdict))
         if not verdict["fits"]:
-            guesses = sorted([*guesses, *_finer(config, guess, target)], key=lambda g: g.seconds)
-    if not any(f.fits for f in found):
-        found += _on_larger(config, target, work)
-    return sorted(found, key=lambda f: (not f.fits, f.verdict["chips"], f.seconds))
+            # The others are held to what the compiler has made of this estimate.
+            room = int(target.chip.memory * guess.need / verdict["bytes_per_device"]["compiler_total"])
+            within = [_within(config, g, target, room) for g in (guess, *guesses)]
+            guesses = sorted((g for g in within if g), key=lambda g: g.seconds)
+    return compiled
 
 
 class _Work:
@@ -138,7 +149,7 @@ def candidates(config: RunConfig, target: Target, most: int | None = None, slack
     coarse: list[tuple[float, int, dict[str, Any], str, list[int]]] = []
     for mesh in _meshes(config, target):
         times = _microbatches(config, mesh, target.devices)
-        if _too_large(config, mesh, times[-1], target, room):
+        if _too_large(config, mesh, times, target, room):
             continue
         for remat in AUTO:
             first = next((other for n in times if (other := _other(config, mesh, remat, n, target))), None)
@@ -154,8 +165,11 @@ def candidates(config: RunConfig, target: Target, most: int | None = None, slack
     return sorted(found, key=lambda g: g.seconds)
 
 
-def _too_large(config: RunConfig, keys: dict[str, Any], finest: int, target: Target, room: int) -> bool:
-    """Whether nothing on this mesh can fit: told by the state alone, else with all computed again."""
+def _too_large(config: RunConfig, keys: dict[str, Any], times: list[int], target: Target, room: int) -> bool:
+    """Whether nothing on this mesh can fit: told by the state alone, else with all computed again, cut finest."""
+    finest = next((n for n in reversed(times) if _other(config, keys, AUTO[-1], n, target)), None)
+    if finest is None:
+        return True
     if state_bytes(dataclasses.replace(config, mesh=_mesh(config, keys)), target.devices, target.device) > room:
         return True
     guess = _guess(config, keys, AUTO[-1], finest, target)
@@ -178,16 +192,14 @@ def _least(
     return found
 
 
-def _finer(config: RunConfig, guess: Guess, target: Target) -> Iterator[Guess]:
-    """The same with more micro-batches, where rows are left to cut."""
+def _within(config: RunConfig, guess: Guess, target: Target, room: int) -> Guess | None:
+    """A guess, or else the same with the least micro-batches that is predicted to fit into `room`; None where none."""
+    if guess.need <= room:
+        return guess
     mesh = {key: value for key, value in guess.keys.items() if key.startswith("mesh.")}
     train = guess.config.train
-    for times in _microbatches(config, mesh, target.devices):
-        if times > train.microbatches:
-            finer = _guess(config, mesh, train.remat, times, target)
-            if finer is not None and finer.need < guess.need:
-                yield finer
-                return
+    finer = [n for n in _microbatches(config, mesh, target.devices) if n > train.microbatches]
+    return _least(config, mesh, train.remat, finer, target, room)
 
 
 def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, Any]]:
@@ -246,16 +258,16 @@ def _on_larger(config: RunConfig, target: Target, work: _Work) -> list[Found]:
         on = target_of(larger.name, target.slices)
         try:
             config.mesh.sizes(on.devices)
-            guesses = candidates(config, on, 1)
+            guesses = candidates(config, on, 2 * work.tries)
             own = _guess(config, {}, config.train.remat, config.train.microbatches, on)
         except UserError:  # a mesh with a size for each axis
             continue
         if own is not None and own.need <= on.chip.memory:
-            guesses = [own, *guesses]
-        for guess in guesses[:1]:
-            verdict = work.compile(guess, on)
-            if verdict is not None and verdict["fits"]:
-                return [Found(guess.keys, verdict)]
+            guesses = sorted([own, *guesses], key=lambda g: g.seconds)
+        compiled = _tried(config, on, guesses, work, found=False)
+        if any(f.fits for f in compiled):
+            return compiled
+        work.left = work.left or 1
     return []
 
 

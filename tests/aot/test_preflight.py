@@ -14,6 +14,7 @@ from launch import preflight as launcher
 from lm_jax import costs
 from lm_jax.config import assign, build
 from lm_jax.models.transformer import TransformerConfig
+from lm_jax.preflight import compiling
 from lm_jax.preflight import verdict as verdicts
 from lm_jax.preflight.buffers import CLASSES
 from lm_jax.preflight.chips import target_of
@@ -94,6 +95,28 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert sum(size[kind] for kind in CLASSES) == pytest.approx(size["compiler_total"], rel=0.05)
     assert size["activations"] > 0.5 * size["compiler_total"]
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_verdict_is_not_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The compiler is killed, fails, and this program does."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    argv = ["preflight", "--config=configs/125m.py", "--topology=v5e:2x2"]
+
+    def status(python: str) -> int:
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(compiling.sys, "executable", str(tmp_path / "python"))
+        return cli.status(launcher.main, launcher.FLAGS, argv, config=True, file=True)
+
+    assert status("kill -KILL $$") == 3
+    assert "the compiler was ended by SIGKILL; this machine's memory may not" in capsys.readouterr().err
+    assert status("echo 'Traceback'; echo 'NotImplementedError: no such ring'; exit 1") == 3
+    assert capsys.readouterr().err.endswith("the compiler failed (status 1)\nNotImplementedError: no such ring\n")
+    monkeypatch.setattr(verdicts, "compile_step", lambda *a, **k: 1 / 0)
+    assert status("") == 3
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

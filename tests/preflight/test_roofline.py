@@ -50,6 +50,47 @@ def test_a_loop_s_body_counts_as_often_as_it_runs_and_reads_its_slice() -> None:
     assert layers * least / 1e9 <= moving.memory < 4 * layers * least / 1e9
 
 
+STACKS = """HloModule m
+
+%cut (s: bf16[40,64,64], i: s32[]) -> bf16[64,64] {
+  %s = bf16[40,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %flat = bf16[64,64]{1,0} bitcast(%slice)
+}
+
+%work (x: bf16[64,64], read: bf16[40,64,64], put: bf16[40,64,64], on: f32[1000], n: s32[]) -> (bf16[40,64,64], f32[1000]) {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %read = bf16[40,64,64]{2,1,0} parameter(1)
+  %put = bf16[40,64,64]{2,1,0} parameter(2)
+  %on = f32[1000]{0} parameter(3)
+  %n = s32[] parameter(4)
+  %zero2 = s32[] constant(0)
+  %here = bf16[64,64]{1,0} fusion(%read, %n), kind=kLoop, calls=%cut
+  %sum = bf16[64,64]{1,0} add(%x, %here)
+  %one = bf16[1,64,64]{2,1,0} bitcast(%sum)
+  %into = bf16[40,64,64]{2,1,0} dynamic-update-slice(%put, %one, %n, %zero2, %zero2)
+  ROOT %out = (bf16[40,64,64]{2,1,0}, f32[1000]{0}) tuple(%into, %on)
+}
+
+ENTRY %main (a: bf16[64,64], b: bf16[40,64,64], c: bf16[40,64,64], d: f32[1000], e: s32[]) -> (bf16[40,64,64], f32[1000]) {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %b = bf16[40,64,64]{2,1,0} parameter(1)
+  %c = bf16[40,64,64]{2,1,0} parameter(2)
+  %d = f32[1000]{0} parameter(3)
+  %e = s32[] parameter(4)
+  ROOT %all = (bf16[40,64,64]{2,1,0}, f32[1000]{0}) fusion(%a, %b, %c, %d, %e), kind=kOutput, calls=%work
+}
+"""  # noqa: E501 (a compiler's lines)
+
+
+def test_of_a_stack_only_what_is_cut_or_put_is_moved() -> None:
+    """Also in a fusion inside a fusion, and among several results, of which one is an operand handed on."""
+    time = step_time(STACKS, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)  # x, what is cut, what is put; the index
+
+
 def sent(bytes_: int, overlaps: bool, loop: str = "") -> Collective:
     return Collective("all-gather", ("fsdp",), bytes_, 1, False, "bf16", "", loop, overlaps)
 
