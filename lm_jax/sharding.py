@@ -136,9 +136,13 @@ class MeshConfig:
         text = " x ".join(f"{a}={s}" for a, s in sizes.items())
         if -1 in sizes.values():
             if devices % fixed:
-                raise ConfigError(
-                    "mesh", f"{text} does not divide {devices} devices", "choose sizes whose product divides them"
-                )
+                hint = "choose sizes whose product divides them"
+                given = {axis: s for axis, s in sizes.items() if s > 1}
+                if len(given) == 1:
+                    ((axis, size),) = given.items()
+                    near = min((n for n in range(1, devices + 1) if devices % n == 0), key=lambda n: abs(n - size))
+                    hint = f"the nearest that does is mesh.{axis}={near}"
+                raise ConfigError("mesh", f"{text} does not divide {devices} devices", hint)
             return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
         if fixed != devices:
             verb = "wants more than" if fixed > devices else "leaves some unused of"
