@@ -33,6 +33,8 @@ _ATTENTION = {
     "NVIDIA H100": (0.65, 0.55),
     "NVIDIA H200": (0.65, 0.55),
 }
+_GEMM = 'custom_call_target="__cublas$'  # how XLA for GPUs writes a product that cuBLAS makes
+_KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
 _FREE = ("bitcast", "tuple", "get-tuple-element", "parameter", "constant", "after-all", "partition-id", "iota")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _LAID_OUT = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
@@ -136,6 +138,11 @@ def step_time(
     return Time(compute + memory + exposed, compute, memory, exposed, _sums(found, links))
 
 
+def attends_in_kernels(program: str) -> bool:
+    """Whether attention is kernels in a program's text; else its products stand there like all others."""
+    return bool(_KERNELS.search(program))
+
+
 def _sums(found: list[Collective], links: Mapping[tuple[str, ...], Link]) -> tuple[Sent, ...]:
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for c in found:
@@ -222,12 +229,23 @@ def _walk(
 
 
 def _flops(program: dict[str, Computation], here: Computation, op: Op) -> float:
-    """Two for each product of numbers: from a matrix product's three sizes, whose product is (m k) (k n) (m n)."""
-    if op.code in ("dot", "convolution"):
+    """Two for each product of numbers: from a matrix product's three sizes, whose product is (m k) (k n) (m n), each as
+    often as there are products side by side."""
+    if op.code in ("dot", "convolution") or (op.code == "custom-call" and _GEMM in op.attributes):
         sizes = [_numbers(here.ops[name].type) for name in op.operands[:2]] + [_numbers(op.type)]
-        return 2 * math.sqrt(math.prod(sizes))
+        return 2 * math.sqrt(math.prod(sizes) / _side_by_side(here.ops[op.operands[0]].type, op.attributes))
     inner = called(op, "calls") if op.code in ("fusion", "async-start") else []
     return sum(_flops(program, program[name], o) for name in inner for o in program[name].ops.values())
+
+
+def _side_by_side(type_: str, attributes: str) -> int:
+    """Over how many products a matrix product runs: the sizes of its batch dimensions."""
+    found = re.search(r'lhs_batch_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)[}\]]', attributes)
+    dims = _SHAPE.search(type_)
+    if not found or not dims or not found[1]:
+        return 1
+    sizes = [int(d) for d in dims[2].split(",")]
+    return math.prod(sizes[int(d)] for d in found[1].replace('"', "").split(","))
 
 
 def _numbers(type_: str) -> float:

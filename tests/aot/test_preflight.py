@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,27 @@ def test_costs_predict_every_shipped_config(
     assign(values, keys)
     size = preflight(build(RunConfig, values).with_likely_vocab(), target_of(topology))
     assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+    reason="compiling for GPUs needs jax's CUDA plugin",
+)
+def test_gpus_are_compiled_for_where_the_plugin_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several documents are attended to in blocks there, whose products stand in the program."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    found = preflight(RUN, target_of("h200:4"))
+    size, step = found["bytes_per_device"], found["step"]
+    assert found["fits"] and found["chip"] == "NVIDIA H200"
+    assert sum(size[kind] for kind in CLASSES) == pytest.approx(size["compiler_total"], rel=0.05)
+    assert found["predicted_total"] == pytest.approx(size["compiler_total"], rel=0.25)
+    # What is computed again is a third more; blocks compute whole tiles of the mask's diagonal.
+    peak = costs.peak_flops("NVIDIA H200")
+    assert peak is not None
+    least = found["flops_per_device"] / peak
+    assert 0.9 * least < step["compute_seconds"] + step["memory_seconds"] and step["compute_seconds"] < 2 * least
+    assert 0.02 < step["mfu"] < 0.75
+    assert {s["link"] for s in found["collectives"]} == {"nvlink"}
 
 
 @pytest.mark.slow
