@@ -1,5 +1,5 @@
-"""Which shipped configs fit which slices: the table of docs/preflight.md, by `python -m benchmarks.what_fits` (or those of
-some of its slices: `python -m benchmarks.what_fits v5e:4x4`).
+"""Which shipped configs fit which slices: the table of docs/preflight.md, by `python -m benchmarks.what_fits`, or for
+some of its slices by `python -m benchmarks.what_fits v5e:4x4`.
 
 A config that does not fit as it is takes the nearest change that `costs.py` expects to fit. Needs libtpu, no TPU; some
 twenty seconds a cell on two idle cores.
