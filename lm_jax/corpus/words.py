@@ -1,0 +1,141 @@
+"""Words of a text as arrays: where they stand, and a hash of each, without a Python object a word.
+
+Duplicates, repetition and contamination are all questions about runs of words; asked of arrays they cost some tens of
+nanoseconds a character. B is characters of a block, W words.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 2**18  # characters at a time: tables and intermediate arrays stay within a few megabytes
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_BASE = np.uint64(0xD1342543DE82EF95)  # odd, so that it has an inverse modulo 2^64
+_BASE_INVERSE = np.uint64(pow(0xD1342543DE82EF95, -1, 2**64))
+
+# Scripts that are written without spaces between words: there each character counts as a word. Thai, Lao, Myanmar,
+# Khmer; kana and the ideographs; their extensions.
+_SPACELESS = ((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100), (0x31F0, 0x3200),
+              (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000))  # fmt: skip
+
+
+class Words(NamedTuple):
+    """Words of a text, in order.
+
+    Attributes:
+      starts, ends: `[W]` int64, in characters.
+      hashes: `[W]` uint64.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    hashes: np.ndarray
+
+
+def codes(text: str) -> np.ndarray:
+    """Code points `[characters]` uint32. The text has no lone surrogates."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+@functools.cache
+def _table(name: str) -> np.ndarray:
+    """For each code point: is it white space, a letter, part of a word; is it a word of its own."""
+    if name == "alone":
+        alone = np.zeros(sys.maxunicode + 1, bool)
+        for low, high in _SPACELESS:
+            alone[low:high] = True
+        return alone & _table("alnum")
+    method = getattr(str, f"is{name}")
+    return np.fromiter((method(chr(c)) for c in range(sys.maxunicode + 1)), bool, sys.maxunicode + 1)
+
+
+def is_letter(points: np.ndarray) -> np.ndarray:
+    return _table("alpha")[points]
+
+
+@functools.cache
+def _powers() -> tuple[np.ndarray, np.ndarray]:
+    ones = np.ones(BLOCK + 1, np.uint64)
+    ones[1:] = _BASE
+    inverse = np.ones(BLOCK + 1, np.uint64)
+    inverse[1:] = _BASE_INVERSE
+    return np.cumprod(ones, dtype=np.uint64), np.cumprod(inverse, dtype=np.uint64)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
+    x = x ^ (x >> np.uint64(33))
+    x = x * np.uint64(0xFF51AFD7ED558CCD)
+    x = x ^ (x >> np.uint64(33))
+    x = x * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
+
+
+def by_space(text: str) -> Words:
+    """Words as what white space separates: what the rules of Gopher and C4 count."""
+    return _split(codes(text), "space")
+
+
+def normalised(text: str) -> Words:
+    """Words as runs of letters and digits, in lower case, without what stands between: what two texts share if they
+    differ in layout, case and punctuation alone. In scripts without spaces each character is one."""
+    return _split(codes(text.lower()), "alnum")
+
+
+def _split(points: np.ndarray, kind: str) -> Words:
+    parts = []
+    at = 0
+    while at < len(points):
+        block = points[at : at + BLOCK]
+        starts, ends = _spans(block, kind)
+        stop = len(block)
+        if at + stop < len(points) and len(ends) and ends[-1] == stop and starts[-1] > 0:
+            stop = int(starts[-1])  # it may go on behind the block: it is the next block's first
+            starts, ends = starts[:-1], ends[:-1]
+        if len(starts):
+            parts.append((starts + at, ends + at, _hashes(block, starts, ends)))
+        at += stop
+    if not parts:
+        return Words(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+    return Words(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _spans(block: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    inside = ~_table("space")[block] if kind == "space" else _table("alnum")[block]
+    begins, stops = inside.copy(), inside.copy()
+    begins[1:] &= ~inside[:-1]
+    stops[:-1] &= ~inside[1:]
+    if kind == "alnum":
+        alone = _table("alone")[block]
+        if alone.any():
+            begins |= alone
+            stops |= alone
+            begins[1:] |= inside[1:] & alone[:-1]
+            stops[:-1] |= inside[:-1] & alone[1:]
+    return np.flatnonzero(begins), np.flatnonzero(stops) + 1
+
+
+def _hashes(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """A polynomial in the characters of each span, by differences of one running sum; modulo 2^64."""
+    powers, inverse = _powers()
+    values = (block.astype(np.uint64) + np.uint64(1)) * _ODD
+    values ^= values >> np.uint64(32)
+    sums = np.zeros(len(block) + 1, np.uint64)
+    np.cumsum(values * powers[: len(block)], out=sums[1:])
+    return mix((sums[ends] - sums[starts]) * inverse[starts] + (ends - starts).astype(np.uint64) * _ODD)
+
+
+def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
+    """A hash for each run of `n` words `[max(W - n + 1, 0)]` uint64."""
+    count = len(hashes) - n + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    out = np.zeros(count, np.uint64)
+    for i in range(n):
+        out *= _BASE
+        out += hashes[i : i + count]
+    return mix(out)
