@@ -19,10 +19,14 @@ SEED = 0x1EAF
 FOUND = 0.99  # of the pairs at the threshold, the share that bands are to find
 
 
-def shingles(text: str, size: int) -> np.ndarray:
+def shingles(hashes: np.ndarray, size: int) -> np.ndarray:
     """Hashes of the runs of `size` words `[S]` uint64, with repetitions. A shorter text is one shingle; a text without
-    a word has none."""
-    hashes = W.normalised(text).hashes
+    a word has none.
+
+    Args:
+      hashes: `[W]` uint64, of `words.normalised`.
+      size: words a shingle.
+    """
     return W.ngrams(hashes, min(size, len(hashes))) if len(hashes) else hashes
 
 

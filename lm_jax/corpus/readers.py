@@ -23,6 +23,10 @@ from lm_jax.errors import UserError
 from lm_jax.paths import StorageError
 
 
+EVERY = "*"  # as `field`: every text of a record, wherever in it; `SEPARATOR` between them
+SEPARATOR = "\x00"
+
+
 class Broken(NamedTuple):
     """What cannot be a document: why, where it stands, its bytes, and its beginning for a person to see."""
 
@@ -127,45 +131,43 @@ def _jsonl_gz(piece: Piece, c: RawConfig) -> _Raw:
 
 
 def _jsonl_zst(piece: Piece, c: RawConfig) -> _Raw:
-    import zstandard
-
-    with _open(piece) as file:
-        reader = zstandard.ZstdDecompressor().stream_reader(_Checked(file), read_across_frames=True)
-        try:
-            with io.BufferedReader(reader, 2**20) as lines:  # type: ignore[type-var]
-                yield from _lines(lines, piece, c)
-        except zstandard.ZstdError as error:
-            raise _Damage(str(error)) from error
+    with _open(piece) as file, io.BufferedReader(_Zstd(file), 2**20) as lines:
+        yield from _lines(lines, piece, c)
 
 
-class _Checked(io.RawIOBase):
-    """A zstd file that ends in the middle of a frame reads, by the library, as if it ended there in good order. Every
-    frame is followed through here, so that the end can be told."""
+class _Zstd(io.RawIOBase):
+    """What a file of zstd frames holds. The library's own reader takes a file that is cut short for one that ends."""
 
     def __init__(self, file: IO[bytes]) -> None:
         import zstandard
 
-        self._file = file
-        self._fresh = zstandard.ZstdDecompressor().decompressobj
+        self._file, self._error = file, zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
+        self._given = self._held = b""
 
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        rest = data
-        while rest:
-            self._frame = self._frame or self._fresh()
-            self._frame.decompress(rest)
-            rest = self._frame.unused_data
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            self._given = self._given or self._file.read(2**12)  # little: a kilobyte may hold megabytes
+            if not self._given:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._held = self._frame.decompress(self._given)
+            except self._error as error:
+                raise _Damage(str(error)) from error
+            self._given = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
-            else:
-                break
-        if not data and self._frame is not None:
-            raise EOFError("ends in the middle of a frame")
-        return data
+        n = min(len(buffer), len(self._held))
+        buffer[:n] = self._held[:n]
+        self._held = self._held[n:]
+        return n
 
 
 def _skip_line(file: Any) -> int:
@@ -205,11 +207,22 @@ def _record(line: bytes, origin: str, c: RawConfig) -> Document | Broken:
         return Broken("not UTF-8", origin, len(line), _shown(line))
     except (ValueError, RecursionError):
         return Broken("not JSON", origin, len(line), _shown(line))
+    if c.field == EVERY:
+        return _document(SEPARATOR.join(_texts(record)), origin, c, len(line))
     if not isinstance(record, dict):
         return Broken("not an object of JSON", origin, len(line), _shown(line))
     if c.field not in record:
         return Broken(f"no field {c.field!r}", origin, len(line), _shown(line))
     return _document(record[c.field], origin, c, len(line))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON that is no key."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _shown(line: bytes) -> str:
@@ -225,6 +238,12 @@ def _parquet(piece: Piece, c: RawConfig) -> _Raw:
 
     try:
         with _open(piece) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            if c.field == EVERY:
+                for batch in file.iter_batches(batch_size=64):
+                    for number, row_values in enumerate(batch.to_pylist()):
+                        text = SEPARATOR.join(_texts(row_values))
+                        yield _document(text, f"{piece.path} row {number}", c)
+                return
             if c.field not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names[:8])
                 yield Broken(f"no column {c.field!r}", piece.path, piece.size, f"its columns: {columns}")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_jax.data.progress import Progress
 from lm_jax.data.sources import Document, Files, Policy, Reader
 from lm_jax.data.store import Writer
 from lm_jax.data.tokenizers import Tokenizer
+from lm_jax.data.tokenizers.tokenizer import ignore
 from lm_jax.errors import UserError
 
 BATCH = 2**21  # characters that are encoded before they are written
@@ -45,7 +47,7 @@ class Corpus:
         found = []
         with Progress("reading documents", sum(p.stat().st_size for p in files.paths if p.exists())) as progress:
             for document in reader:
-                found.append((_hash(document.text), len(document.text)))
+                found.append((text_hash(document.text), len(document.text)))
                 progress.advance(found[-1][0][1])
         self._hashes = np.array([h for (h, _), _ in found], np.uint64)
         self.sizes = np.array([size for (_, size), _ in found], np.int64)
@@ -79,7 +81,7 @@ class Corpus:
         """
         count = 0
         for document in Reader(self.files, self.policy):
-            if count >= len(self._hashes) or _hash(document.text)[0] != self._hashes[count]:
+            if count >= len(self._hashes) or text_hash(document.text)[0] != self._hashes[count]:
                 raise UserError(
                     f"{document.origin}: changed while it was being read\nstart again when nothing writes to it"
                 )
@@ -116,7 +118,7 @@ class Corpus:
         return found
 
 
-def _hash(text: str) -> tuple[int, int]:
+def text_hash(text: str) -> tuple[int, int]:
     """A text's hash, 64 bits, and its size in bytes."""
     data = text.encode("utf-8")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"), len(data)
@@ -179,20 +181,61 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: 
     Raises:
       UserError: names the file of a text that the tokenizer cannot encode, or does not give back.
     """
-    writer = Writer(directory, tokenizer.vocab_size)
-    job = _Job(writer, corpus.policy.bad, altered == "refuse", collections.Counter(corpus.dropped))
+    entries = zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)
     with Progress("tokenising", corpus.length) as progress:
-        for batch in _batches(zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)):
-            _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
+        write_tokens(
+            entries,
+            tokenizer,
+            directory,
+            bad=corpus.policy.bad,
+            altered=altered,
+            dropped=corpus.dropped,
+            advance=progress.advance,
+        )
     tokenizer.save(directory)
-    writer.finish(np.array(job.held_out, bool), _manifest(job))
 
 
-_Entry = tuple[Document, bool, int]  # a document, whether it is held out, its size in bytes
+Entry = tuple[Document, bool, int]  # a document, whether it is held out, its size in bytes
 
 
-def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    batch: list[_Entry] = []
+def write_tokens(
+    entries: Iterable[Entry],
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    bad: str,
+    altered: str,
+    dropped: Mapping[str, int] = types.MappingProxyType({}),
+    advance: Callable[[int], None] = ignore,
+) -> dict[str, Any]:
+    """Writes the ids of documents as a store, without the tokenizer's own files.
+
+    Args:
+      entries: the documents.
+      tokenizer: what makes ids of them.
+      directory: of the store.
+      bad: "refuse" or "drop" for a document that spells the boundary.
+      altered: "refuse" stops at the first document that the ids do not give back, "accept" counts them.
+      dropped: what was left out before, by reason.
+      advance: is told how many more characters are done.
+
+    Returns:
+      What the manifest says of documents, tokens and bytes.
+
+    Raises:
+      UserError: names the origin of a text that the tokenizer cannot encode, or does not give back.
+    """
+    writer = Writer(directory, tokenizer.vocab_size)
+    job = _Job(writer, bad, altered == "refuse", collections.Counter(dropped))
+    for batch in _batches(entries):
+        _tokenise_batch(batch, _encode(batch, tokenizer, advance), tokenizer, job)
+    manifest = _manifest(job)
+    writer.finish(np.array(job.held_out, bool), manifest)
+    return manifest
+
+
+def _batches(documents: Iterable[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
     size = 0
     for entry in documents:
         batch.append(entry)
@@ -204,7 +247,7 @@ def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
         yield batch
 
 
-def _tokenise_batch(batch: list[_Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
+def _tokenise_batch(batch: list[Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
     edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
     for (document, held, size), inner in zip(batch, encoded, strict=True):
         ids = np.concatenate([*edge, inner, *edge])
@@ -249,9 +292,9 @@ def altered_document(origin: str, difference: str) -> UserError:
     )
 
 
-def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[np.ndarray]:
+def _encode(batch: list[Entry], tokenizer: Tokenizer, advance: Callable[[int], None]) -> list[np.ndarray]:
     try:
-        return tokenizer.encode_batch([document.text for document, _, _ in batch], progress.advance)
+        return tokenizer.encode_batch([document.text for document, _, _ in batch], advance)
     except UserError:
         for document, _, _ in batch:  # whose text was it?
             try:
