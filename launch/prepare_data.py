@@ -44,7 +44,9 @@ def main(values: ConfigDict) -> int:
     config = build(PrepareConfig, values)
     out = run_path(OUT.value)
     if not is_local(out):
-        raise UserError(f"--out={OUT.value} is not on a disk\ngive a local or shared folder, and copy it when it is whole")
+        raise UserError(
+            f"--out={OUT.value} is not on a disk\ngive a local or shared folder, and copy it when it is whole"
+        )
     extra.check()
     found, ignored = inputs.find(config.raw.names)
     plan = folders.Plan(Path(out), config, found, inputs.parts(found, config.work.part_bytes), ignored)

@@ -93,7 +93,9 @@ def _manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
         try:
             written = json.loads((plan.out / name / MANIFEST).read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"{plan.out / name} is not whole: {error}\ndelete {plan.out} and prepare it again") from error
+            raise UserError(
+                f"{plan.out / name} is not whole: {error}\ndelete {plan.out} and prepare it again"
+            ) from error
         for key, counts in sums.items():
             for side, n in written[key].items():
                 counts[side] = counts.get(side, 0) + n
@@ -182,7 +184,9 @@ def _texts(plan: Plan, numbers: set[int]) -> dict[int, tuple[str, str]]:
 def summary(manifest: dict[str, Any]) -> str:
     """What a folder of shards holds, in a line."""
     documents, tokens = manifest["documents"], manifest["tokens"]
-    held = f"; held out {documents['held_out']:,} documents, {tokens['held_out']:,} tokens" * bool(documents["held_out"])
+    held = f"; held out {documents['held_out']:,} documents, {tokens['held_out']:,} tokens" * bool(
+        documents["held_out"]
+    )
     return (
         f"{len(manifest['shards'])} shards: {documents['train']:,} documents, {tokens['train']:,} tokens, "
         f"vocabulary {manifest['vocab_size']:,}{held}"
@@ -195,5 +199,3 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         return dict(json.loads((plan.out / MANIFEST).read_bytes()))
     except (OSError, ValueError):
         return None
-
-

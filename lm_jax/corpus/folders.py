@@ -91,7 +91,9 @@ def _check_same(old: Plan, new: Plan) -> None:
         values["work"] = {"part_bytes": values["work"]["part_bytes"]}
     changed = differences(before, after)
     if changed:
-        raise UserError(f"{new.out} was begun with another config: {changed[0]}\ngive another folder, or delete this one")
+        raise UserError(
+            f"{new.out} was begun with another config: {changed[0]}\ngive another folder, or delete this one"
+        )
     if old.files != new.files:
         known = {f.path: f for f in old.files}
         other = next((f.path for f in new.files if known.get(f.path) != f), "a file that is gone")

@@ -164,7 +164,9 @@ def dataset(name: str, key: str = "raw.sources") -> Any:
     """
     words = name[len(HUGGING_FACE) :].rsplit(":", 2)
     if len(words) != 3 or not words[0] or not words[2]:
-        raise ConfigError(key, f"{name!r} is no data set", "write hf:NAME:CONFIG:SPLIT, as hf:wikitext:wikitext-2-v1:train")
+        raise ConfigError(
+            key, f"{name!r} is no data set", "write hf:NAME:CONFIG:SPLIT, as hf:wikitext:wikitext-2-v1:train"
+        )
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(key, f"{name!r} needs the package datasets", "pip install datasets")
     import datasets

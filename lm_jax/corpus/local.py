@@ -33,7 +33,9 @@ def run(plan: Plan, processes: int) -> None:
         folders.clear_unfinished(plan)
         # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            processes, context, initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool:
             for stage in stages.stages_of(plan):
                 _run_stage(plan, stage, pool)
 

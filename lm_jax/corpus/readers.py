@@ -22,7 +22,6 @@ from lm_jax.corpus.rules import Document
 from lm_jax.errors import UserError
 from lm_jax.paths import StorageError
 
-
 EVERY = "*"  # as `field`: every text of a record, wherever in it; `SEPARATOR` between them
 SEPARATOR = "\x00"
 
@@ -49,8 +48,7 @@ def read(piece: Piece, c: RawConfig) -> _Raw:
     for found in _guarded(piece, c):
         if isinstance(found, Broken) and c.bad == "refuse":
             raise UserError(
-                f"{found.origin}: {found.reason}\n"
-                'mend it, or set raw.bad="quarantine" to leave such out and count them'
+                f'{found.origin}: {found.reason}\nmend it, or set raw.bad="quarantine" to leave such out and count them'
             )
         yield found
 

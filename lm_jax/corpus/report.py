@@ -220,14 +220,13 @@ def _came_in(found: Findings) -> list[str]:
 def _steps(ledger: Ledger) -> list[str]:
     rows = []
     for name, step in ledger.steps.items():
-        pieces = "; ".join(f"{n:,} {what}" for what, n in step.pieces.items())
         gone = step.bytes_in - step.bytes_out
         rows.append(
             [name.replace("_", " "), f"{step.documents_in:,}", f"{step.dropped_documents:,}",
              _share(step.dropped_documents, step.documents_in), f"{step.changed:,}", f"{step.bytes_in:,}",
-             f"{gone:,}", _share(gone, step.bytes_in), pieces]
+             f"{gone:,}", _share(gone, step.bytes_in)]
         )  # fmt: skip
-    columns = ("step", "documents in", "dropped", "", "changed", "bytes in", "bytes taken", "", "within documents")
+    columns = ("step", "documents in", "dropped", "", "changed", "bytes in", "bytes taken", "")
     return [
         "<h2>What each step took</h2>",
         _figure(pictures.waterfall(list(ledger.steps.items())), "What is left behind each step, and what it took."),
@@ -238,12 +237,15 @@ def _steps(ledger: Ledger) -> list[str]:
 def _reasons(ledger: Ledger) -> list[str]:
     out = ["<h2>Why, with examples</h2>"]
     for name, step in ledger.steps.items():
-        if not step.dropped and "changed" not in step.examples:
+        if not step.dropped and "changed" not in step.examples and not step.pieces:
             continue
         out.append(f"<h3>{_e(name.replace('_', ' '))}</h3>")
         if step.dropped:
             rows = [[reason, f"{n:,}", f"{size:,}"] for reason, n, size in by_size(step.dropped)]
             out.append(_table(("dropped because", "documents", "bytes"), rows))
+        if step.pieces:
+            pieces = "; ".join(f"{n:,} {what}" for what, n in step.pieces.items())
+            out.append(f"<p>Within documents: {_e(pieces)}.</p>")
         out += _examples(step)
     return out
 
@@ -281,8 +283,8 @@ def _duplicates(found: Findings) -> list[str]:
     clusters, members = sum(sizes.values()), sum(size * n for size, n in sizes.items())
     told = found.compared
     out.append(
-        f"<p>{members:,} documents are in {clusters:,} clusters; the first of each is kept. {told['compared']:,} pairs of "
-        f"signatures were compared, {told['alike']:,} were alike.</p>"
+        f"<p>{members:,} documents are in {clusters:,} clusters; the first of each is kept. {told['compared']:,} pairs "
+        f"of signatures were compared, {told['alike']:,} were alike.</p>"
     )
     out.append(_figure(pictures.clusters(sizes), "Clusters by their number of documents."))
     for size, examples in found.clusters.examples:
@@ -303,8 +305,8 @@ def _evaluation_sets(found: Findings) -> list[str]:
     ]  # fmt: skip
     return [
         "<h2>Evaluation sets</h2>",
-        f"<p>A document is dropped that has {words} words in a row in common with a set. Texts that are shorter cannot be "
-        "found.</p>",
+        f"<p>A document is dropped that has {words} words in a row in common with a set. Texts that are shorter cannot "
+        "be found.</p>",
         _table(("set", "texts", "too short", "runs of words", "documents dropped"), rows),
     ]
 
@@ -312,7 +314,13 @@ def _evaluation_sets(found: Findings) -> list[str]:
 def _tokens(found: Findings) -> list[str]:
     manifest = found.manifest
     rows = [
-        [name, f"{documents['train']:,}", f"{documents['held_out']:,}", f"{tokens['train']:,}", f"{tokens['held_out']:,}"]
+        [
+            name,
+            f"{documents['train']:,}",
+            f"{documents['held_out']:,}",
+            f"{tokens['train']:,}",
+            f"{tokens['held_out']:,}",
+        ]
         for name, documents, tokens in found.shards
     ]
     totals, counts = manifest["documents"], manifest["tokens"]

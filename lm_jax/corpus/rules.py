@@ -118,8 +118,8 @@ def identify(text: str) -> tuple[str, float]:
     flat = " ".join(text.split())
     if not any(c.isalpha() for c in flat):
         return UNKNOWN, 0.0
-    (found,) = _detector().detect(flat, model="lite", k=1)[:1] or ({"lang": UNKNOWN, "score": 0.0},)
-    return found["lang"], min(float(found["score"]), 1.0)
+    found = _detector().detect(flat, model="lite", k=1)
+    return (str(found[0]["lang"]), min(float(found[0]["score"]), 1.0)) if found else (UNKNOWN, 0.0)
 
 
 def language(document: Document, c: CleaningConfig) -> str | Dropped:
@@ -235,7 +235,7 @@ def gopher_repetition(document: Document, c: CleaningConfig) -> str | Dropped:
 
 
 def c4(document: Document, c: CleaningConfig) -> str | Dropped:
-    """The rules of Raffel et al. 2020 (C4), section 2.2: lines that are no sentences go, then pages with few of them."""
+    """The rules of Raffel et al. 2020 (C4), section 2.2: lines that are no sentences go, then pages with few."""
     text, reason = web.c4(document.text, c, document.pieces)
     return Dropped(reason) if reason else text
 

@@ -364,9 +364,7 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
 
     final = plan.out / name
     with folders.whole(final) as shard:
-        manifest = write_tokens(
-            entries(), tokenizer, shard, bad="drop", altered=plan.config.tokens.altered_documents
-        )
+        manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=plan.config.tokens.altered_documents)
     return {"shard": name, "manifest": manifest}
 
 
