@@ -36,18 +36,21 @@ SETUP = flags.DEFINE_string(
 
 def main(values: ConfigDict) -> int:
     from lm_jax.config import build
-    from lm_jax.corpus import extra, finish, folders, inputs, local
+    from lm_jax.corpus import extra, finish, folders, inputs, local, stages
     from lm_jax.corpus.config import PrepareConfig
     from lm_jax.errors import UserError
-    from lm_jax.paths import is_local, run_path
+    from lm_jax.paths import run_path
 
     config = build(PrepareConfig, values)
-    out = run_path(OUT.value)
-    if not is_local(out):
+    if "://" in OUT.value:
         raise UserError(
             f"--out={OUT.value} is not on a disk\ngive a local or shared folder, and copy it when it is whole"
         )
+    out = run_path(OUT.value)
     extra.check()
+    stages.check(config)
+    if EXECUTOR.value == "slurm" and not PARTITION.value:
+        raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
     found, ignored = inputs.find(config.raw.names)
     plan = folders.Plan(Path(out), config, found, inputs.parts(found, config.work.part_bytes), ignored)
     folders.write_plan(plan)
@@ -56,6 +59,7 @@ def main(values: ConfigDict) -> int:
         size = sum(file.size for file in found)
         print(f"{len(found):,} files, {size / 1e6:,.1f} MB, in {len(plan.parts):,} parts", file=sys.stderr)
         if EXECUTOR.value != "local":
+            extra.check(("datatrove",))
             return _send(plan, EXECUTOR.value)
         local.run(plan, PROCESSES.value or config.work.processes or os.cpu_count() or 1)
         done = finish.finished(plan)
@@ -73,7 +77,7 @@ def _send(plan: Any, executor: str) -> int:
     cluster.send(
         plan,
         executor,
-        partition=PARTITION.value,
+        partition=PARTITION.value or "",
         time=TIME.value,
         memory_gb=MEMORY.value,
         workers=PROCESSES.value,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -50,7 +51,7 @@ _LAST = np.uint64(2**64 - 1)
 
 def _ranges(count: int) -> Iterable[tuple[np.uint64, np.uint64]]:
     edges = [np.uint64(min(2**64 * i // count, 2**64 - 1)) for i in range(count + 1)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return itertools.pairwise(edges)
 
 
 def without(text: str, frequent_hashes: np.ndarray, shortest: int) -> tuple[str, int]:

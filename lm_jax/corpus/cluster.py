@@ -47,7 +47,7 @@ def send(
     plan: Plan,
     executor: str,
     *,
-    partition: str | None,
+    partition: str,
     time: str,
     memory_gb: int,
     workers: int | None = None,
@@ -74,10 +74,8 @@ def send(
 
 
 def _send_to_slurm(
-    plan: Plan, partition: str | None, time: str, memory_gb: int, workers: int | None, setup: str | None
+    plan: Plan, partition: str, time: str, memory_gb: int, workers: int | None, setup: str | None
 ) -> None:
-    if not partition:
-        raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here\nrun this where jobs are sent to SLURM, or with --executor=local")
     before: SlurmPipelineExecutor | None = None

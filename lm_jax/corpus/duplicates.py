@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from lm_jax.corpus import minhash
 
@@ -59,6 +57,9 @@ class Forest:
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
         """Makes one set of those of `a[i]` and `b[i]`, for every i."""
+        from scipy.sparse import coo_array  # half a second to import, and one stage needs it
+        from scipy.sparse.csgraph import connected_components
+
         if not len(a):
             return
         nodes, where = np.unique(np.concatenate([self.roots(a), self.roots(b)]), return_inverse=True)

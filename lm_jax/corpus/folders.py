@@ -85,21 +85,20 @@ def write_plan(plan: Plan) -> None:
     paths.write_text_atomic(paths.run_path(path), json.dumps(values, indent=1) + "\n")
 
 
+_REMEDY = "give another folder, or delete this one"
+
+
 def _check_same(old: Plan, new: Plan) -> None:
     before, after = to_dict(old.config), to_dict(new.config)
     for values in (before, after):  # how the work is divided over processes changes nothing
         values["work"] = {"part_bytes": values["work"]["part_bytes"]}
     changed = differences(before, after)
     if changed:
-        raise UserError(
-            f"{new.out} was begun with another config: {changed[0]}\ngive another folder, or delete this one"
-        )
+        raise UserError(f"{new.out} was begun with another config: {changed[0]}\n{_REMEDY}")
     if old.files != new.files:
         known = {f.path: f for f in old.files}
         other = next((f.path for f in new.files if known.get(f.path) != f), "a file that is gone")
-        raise UserError(
-            f"the raw files are not those that {new.out} was begun with: {other}\ngive another folder, or delete this one"
-        )
+        raise UserError(f"the raw files are not those that {new.out} was begun with: {other}\n{_REMEDY}")
 
 
 def read_plan(out: Path) -> Plan:
@@ -165,7 +164,7 @@ def clear_unfinished(plan: Plan) -> None:
             shutil.rmtree(left_behind, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------- documents between stages
+# --------------------------------------------------------------------------------------------- documents between stages
 
 
 @dataclasses.dataclass

@@ -11,8 +11,10 @@ import collections
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,8 +138,7 @@ def _remote(name: str, key: str) -> tuple[list[Found], int]:
     root = paths.run_path(name)
     with paths.storage_errors("read", name):
         if glob.has_magic(name):
-            head, _, pattern = name.partition(next(c for c in "*?[" if c in name))
-            base = posixpath.dirname(head)
+            base = posixpath.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0])
             listed = [str(p) for p in epath.Path(base).glob(name[len(base) + 1 :])]
         elif root.is_dir():
             listed = [str(p) for p in root.rglob("*")]
@@ -213,7 +214,7 @@ def _pieces(file: Found, limit: int) -> Iterator[Piece]:
         return
     count = min(-(-file.size // limit), units)
     edges = [units * i // count for i in range(count + 1)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         yield Piece(file.path, file.kind, file.size * (stop - start) // units, start, stop)
 
 

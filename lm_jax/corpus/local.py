@@ -15,7 +15,7 @@ from lm_jax import paths
 from lm_jax.corpus import folders, stages
 from lm_jax.corpus.folders import Plan
 from lm_jax.data.progress import Progress
-from lm_jax.errors import Failure
+from lm_jax.errors import Failure, UserError
 
 
 def run(plan: Plan, processes: int) -> None:
@@ -45,10 +45,11 @@ def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> Non
     weights = plan.part_bytes if stages.STAGES[stage].per_part else [1]
     waiting = [task for task in range(tasks) if not plan.folder(stage, task).is_dir()]
     with Progress(stages.STAGES[stage].doing, sum(weights[task] for task in waiting)) as progress:
-        futures = {pool.submit(stages.run_task, plan.out, stage, task): task for task in waiting}
+        futures = {pool.submit(_task, plan.out, stage, task): task for task in waiting}
         try:
             for future in concurrent.futures.as_completed(futures):
-                future.result()
+                if said := future.result():
+                    raise said[0](said[1])
                 progress.advance(weights[futures[future]])
         except BrokenProcessPool:
             raise Failure(
@@ -58,6 +59,18 @@ def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> Non
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _task(out: Path, stage: str, task: int) -> tuple[type[UserError] | type[Failure], str] | None:
+    """`stages.run_task` in a worker. What it has to say to the user comes back as plain values: an exception whose
+    constructor takes other things than its text does not survive the way between processes."""
+    try:
+        stages.run_task(out, stage, task)
+    except UserError as error:
+        return UserError, str(error)
+    except Failure as error:
+        return Failure, str(error)
+    return None
 
 
 def _end_with(parent: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lm_jax.corpus.ledger import Histograms, Step
 
@@ -15,7 +14,13 @@ LEFT, GONE, CAME = "#2b6cb0", "#d95f02", "#a0aec0"
 _LANGUAGES = 12
 
 
-def png(figure: Figure) -> bytes:
+def _figure(**options: Any) -> Any:
+    from matplotlib.figure import Figure  # a second to import, in every worker, and only the last stage draws
+
+    return Figure(**options)
+
+
+def png(figure: Any) -> bytes:
     """A figure as a PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
@@ -32,7 +37,7 @@ def amount(n: float) -> str:
 
 def waterfall(steps: Sequence[tuple[str, Step]]) -> bytes:
     """What is left behind each step, and what it took: of documents and of bytes."""
-    figure = Figure(figsize=(11, 1.4 + 0.36 * len(steps)), layout="constrained")
+    figure = _figure(figsize=(11, 1.4 + 0.36 * len(steps)), layout="constrained")
     grid: Any = figure.subplots(1, 2, sharey=True)
     names = [name.replace("_", " ") for name, _ in steps]
     at = np.arange(len(steps))[::-1]
@@ -55,7 +60,7 @@ def waterfall(steps: Sequence[tuple[str, Step]]) -> bytes:
 
 def lengths(read: Histograms, kept: Histograms) -> bytes:
     """Documents by their length, as they came and as they were kept."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = _figure(figsize=(8, 3.6), layout="constrained")
     axis: Any = figure.subplots()
     bins = sorted({*read.lengths, *kept.lengths}) or [0]
     span = np.arange(bins[0], bins[-1] + 1)
@@ -77,7 +82,7 @@ def languages(identified: Histograms, kept: Histograms) -> bytes:
 
     found = sorted({*identified.languages, *kept.languages}, key=lambda x: -max(size(identified, x), size(kept, x)))
     shown, others = found[:_LANGUAGES], found[_LANGUAGES:]
-    figure = Figure(figsize=(8, 1.2 + 0.34 * (len(shown) + bool(others))), layout="constrained")
+    figure = _figure(figsize=(8, 1.2 + 0.34 * (len(shown) + bool(others))), layout="constrained")
     axis: Any = figure.subplots()
     names = [*shown, *(["others"] if others else [])]
     at = np.arange(len(names))[::-1]
@@ -94,7 +99,7 @@ def languages(identified: Histograms, kept: Histograms) -> bytes:
 
 def clusters(sizes: Mapping[int, int]) -> bytes:
     """Clusters of duplicates by how many documents they have."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = _figure(figsize=(8, 3.2), layout="constrained")
     axis: Any = figure.subplots()
     axis.plot(list(sizes), list(sizes.values()), "o", color=LEFT)
     axis.set(xscale="log", yscale="log", xlabel="documents in a cluster", ylabel="clusters")

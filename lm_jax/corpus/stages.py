@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, minhash, readers
+from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, inputs, minhash, readers
 from lm_jax.corpus import words as W
+from lm_jax.corpus.config import PrepareConfig
 from lm_jax.corpus.folders import Plan, Text
 from lm_jax.corpus.ledger import Ledger
 from lm_jax.corpus.rules import RULES, Document, Dropped
@@ -80,6 +81,18 @@ def stages_of(plan: Plan) -> list[str]:
     left_out = {"index"} if not plan.config.decontamination.sets else set()
     left_out |= {"lines"} if not plan.config.lines.max_documents else set()
     return [name for name in STAGES if name not in left_out]
+
+
+def check(c: PrepareConfig) -> None:
+    """Looks for what is named in a config but for the raw files, before any work is begun.
+
+    Raises:
+      ConfigError: where it is not there, or cannot be used.
+    """
+    for name, source in c.decontamination.sets.items():
+        inputs.find((source,), f"decontamination.sets.{name}")
+    if c.tokens.tokenizer not in ("bytes", "sentencepiece"):
+        tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, "tokens.tokenizer")
 
 
 def tasks_of(plan: Plan, stage: str) -> int:
