@@ -135,13 +135,15 @@ def _local(path: Path, kind: str) -> Found:
 
 def _remote(name: str, key: str) -> tuple[list[Found], int]:
     """Files of an object store: one, all below a prefix, or a glob."""
+    if "**" in name:
+        raise ConfigError(key, f"{name!r}: no object store is asked for **", "name the folder: all below it is read")
     root = paths.run_path(name)
     with paths.storage_errors("read", name):
         if glob.has_magic(name):
             base = posixpath.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0])
             listed = [str(p) for p in epath.Path(base).glob(name[len(base) + 1 :])]
         elif root.is_dir():
-            listed = [str(p) for p in root.rglob("*")]
+            listed = list(_below(root))
         else:
             listed = [str(root)]
         known = [(p, kind) for p in sorted(listed) if (kind := kind_of(p))]
@@ -152,6 +154,14 @@ def _remote(name: str, key: str) -> tuple[list[Found], int]:
     if not found:
         raise ConfigError(key, f"{name!r} holds no file of a known kind", f"known are {', '.join(FOUND_IN_FOLDERS)}")
     return found, len(listed) - len(found)
+
+
+def _below(folder: epath.Path) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _below(path)
+        else:
+            yield str(path)
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face data sets
