@@ -30,17 +30,47 @@ def shingles(hashes: np.ndarray, size: int) -> np.ndarray:
     return W.ngrams(hashes, min(size, len(hashes))) if len(hashes) else hashes
 
 
+def shingles_batch(hashes: np.ndarray, offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`shingles` of many texts at once.
+
+    Args:
+      hashes, offsets: of `words.normalised_batch`.
+      size: words a shingle.
+
+    Returns:
+      All texts' shingles, and the number of the first of each text `[texts + 1]` uint64.
+    """
+    lengths = np.diff(offsets)
+    counts = np.where(lengths >= size, lengths - size + 1, np.minimum(lengths, 1))
+    first = np.zeros(len(lengths) + 1, np.uint64)
+    np.cumsum(counts, out=first[1:])
+    grams = W.ngrams(hashes, size)
+    inside = np.ones(len(grams), bool)
+    # Runs that begin in the last words of a text reach into the next one.
+    crossing = (offsets[1:-1, None] - np.arange(1, size)).ravel()
+    inside[crossing[(crossing >= 0) & (crossing < len(grams))]] = False
+    flat = grams[inside]
+    for text in np.flatnonzero((lengths > 0) & (lengths < size)).tolist():
+        alone = W.ngrams(hashes[offsets[text] : offsets[text + 1]], int(lengths[text]))
+        flat = np.insert(flat, int(first[text]), alone)
+    return flat, first
+
+
 def signatures(sets: Sequence[np.ndarray], permutations: int = PERMUTATIONS) -> np.ndarray:
     """The signature `[D, P]` uint32 of each set of hashes; of an empty one, all ones."""
+    first = np.zeros(len(sets) + 1, np.uint64)
+    np.cumsum([len(s) for s in sets], out=first[1:])
+    return signatures_batch(np.concatenate([np.zeros(0, np.uint64), *sets]), first, permutations)
+
+
+def signatures_batch(flat: np.ndarray, first: np.ndarray, permutations: int = PERMUTATIONS) -> np.ndarray:
+    """`signatures` of sets that stand behind each other, as `shingles_batch` gives them."""
     from rensa import RMinHash
 
-    if not sets:
+    if len(first) == 1:
         return np.zeros((0, permutations), np.uint32)
-    offsets = np.zeros(len(sets) + 1, np.uint64)
-    np.cumsum([len(s) for s in sets], out=offsets[1:])
-    flat = np.ascontiguousarray(np.concatenate(sets), np.uint64)
-    rows = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, permutations, SEED).to_rows()
-    return np.array(rows, np.uint32).reshape(len(sets), permutations)
+    rows = RMinHash.digest_matrix_from_flat_token_hashes(flat, first, permutations, SEED).to_rows()
+    return np.array(rows, np.uint32).reshape(len(first) - 1, permutations)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import resource
 import sys
 import time
@@ -176,7 +177,7 @@ def _lines(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
 
 # ---------------------------------------------------------------------------------------------------------------- sign
 
-_BATCH = 512  # documents whose signatures are worked out in one call
+BATCH, BATCH_CHARACTERS = 64, 2**20  # documents whose words are looked at in one call, and their characters
 
 
 def _sign(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
@@ -185,37 +186,36 @@ def _sign(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     hashes: list[int] = []
     sizes: list[int] = []
     signatures: list[np.ndarray] = []
-    waiting: list[np.ndarray] = []
     with folders.Documents(folder) as kept:
-        for document, words in _signed(plan, task, ledger):
-            kept.write(document)
-            digests.append(hashlib.blake2b(document.data, digest_size=16).digest())
-            hash_, size = text_hash(document.text)
-            hashes.append(hash_)
-            sizes.append(size)
+        for documents, words, offsets in _signed(plan, task, ledger):
+            fresh = [hashlib.blake2b(document.data, digest_size=16).digest() for document in documents]
+            for document in documents:
+                kept.write(document)
+                hash_, size = text_hash(document.text)
+                hashes.append(hash_)
+                sizes.append(size)
+            digests += fresh
             if c.duplicates.near:
-                # A text without words is like no other: its digest stands for its shingles.
-                waiting.append(minhash.shingles(words, c.duplicates.shingle) if len(words) else _only(digests[-1]))
-                if len(waiting) == _BATCH:
-                    signatures.append(minhash.signatures(waiting, c.duplicates.permutations))
-                    waiting.clear()
+                flat, first = minhash.shingles_batch(words, offsets, c.duplicates.shingle)
+                found = minhash.signatures_batch(flat, first, c.duplicates.permutations)
+                for number in np.flatnonzero(np.diff(offsets) == 0).tolist():
+                    # A text without words is like no other: its digest stands for its shingles.
+                    alone = np.frombuffer(fresh[number], "<u8").astype(np.uint64)
+                    found[number] = minhash.signatures([alone], c.duplicates.permutations)[0]
+                signatures.append(found)
     np.save(folder / "digests", np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2))
     np.save(folder / "hashes", np.array(hashes, np.uint64))
     np.save(folder / "sizes", np.array(sizes, np.int64))
     if c.duplicates.near:
-        signatures.append(minhash.signatures(waiting, c.duplicates.permutations))
-        every = np.concatenate(signatures)
+        every = np.concatenate([np.zeros((0, c.duplicates.permutations), np.uint32), *signatures])
         np.save(folder / "signatures", every)
         np.save(folder / "bands", minhash.bands(every, c.duplicates.threshold))
     return {}
 
 
-def _only(digest: bytes) -> np.ndarray:
-    return np.frombuffer(digest, "<u8").astype(np.uint64)
-
-
-def _signed(plan: Plan, task: int, ledger: Ledger) -> Iterator[tuple[Text, np.ndarray]]:
-    """Documents of a part without frequent lines and without contaminated ones, and the hashes of their words."""
+def _signed(plan: Plan, task: int, ledger: Ledger) -> Iterator[tuple[list[Text], np.ndarray, np.ndarray]]:
+    """Documents of a part without frequent lines and without contaminated ones, in batches; and the hashes of their
+    words, one text's behind another's, with the number of the first of each text."""
     c = plan.config
     frequent = index = None
     if c.lines.max_documents:
@@ -224,24 +224,48 @@ def _signed(plan: Plan, task: int, ledger: Ledger) -> Iterator[tuple[Text, np.nd
     if c.decontamination.sets:
         ledger.step("decontamination")
         index = decontamination.load(plan.folder("index", 0), c.decontamination)
-    for found in folders.documents(plan.folder("clean", task)):
-        document = found
-        if frequent is not None:
-            shorter = _without_lines(found, frequent, plan, ledger)
-            if shorter is None:
-                continue
-            document = shorter
-        words = W.normalised(document.text) if index is not None or c.duplicates.near else None
-        if index is not None and words is not None:
-            step, size = ledger.step("decontamination"), len(document.data)
-            overlap = index.overlap(words.hashes)
-            if overlap is not None:
-                reason = f"overlaps {overlap[0]}"
-                step.drop(reason, size)
-                step.example(reason, document.origin, document.text[int(words.starts[overlap[1]]) :])
-                continue
-            step.keep(size, size)
-        yield document, words.hashes if words is not None else np.zeros(0, np.uint64)
+    documents: Iterator[Text] = folders.documents(plan.folder("clean", task))
+    if frequent is not None:
+        documents = (d for found in documents if (d := _without_lines(found, frequent, plan, ledger)) is not None)
+    for batch in _batches(documents):
+        words, offsets = W.normalised_batch([d.text for d in batch])
+        if index is not None:
+            slices = [slice(*pair) for pair in itertools.pairwise(offsets.tolist())]
+            clean = [
+                _is_clean(d, W.Words(*(a[s] for a in words)), index, ledger) for d, s in zip(batch, slices, strict=True)
+            ]
+            batch = [d for d, keep in zip(batch, clean, strict=True) if keep]
+            hashes = [words.hashes[s] for s, keep in zip(slices, clean, strict=True) if keep]
+            offsets = np.cumsum([0, *map(len, hashes)])
+            yield batch, np.concatenate([np.zeros(0, np.uint64), *hashes]), offsets
+        else:
+            yield batch, words.hashes, offsets
+
+
+def _batches(documents: Iterator[Text]) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _is_clean(document: Text, words: W.Words, index: decontamination.Index, ledger: Ledger) -> bool:
+    """Whether a document has nothing in common with an evaluation set."""
+    step, size = ledger.step("decontamination"), len(document.data)
+    overlap = index.overlap(words.hashes)
+    if overlap is None:
+        step.keep(size, size)
+        return True
+    reason = f"overlaps {overlap[0]}"
+    step.drop(reason, size)
+    step.example(reason, document.origin, document.text[int(words.starts[overlap[1]]) :])
+    return False
 
 
 def _without_lines(document: Text, frequent: np.ndarray, plan: Plan, ledger: Ledger) -> Text | None:

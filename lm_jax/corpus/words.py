@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 2**18  # characters at a time: tables and intermediate arrays stay within a few megabytes
+BLOCK = 2**15  # characters at a time: tables and intermediate arrays stay within a processor's caches
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _BASE = np.uint64(0xD1342543DE82EF95)  # odd, so that it has an inverse modulo 2^64
 _BASE_INVERSE = np.uint64(pow(0xD1342543DE82EF95, -1, 2**64))
@@ -41,20 +42,31 @@ def codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
+_NEITHER, _PART, _ALONE = 0, 1, 2  # of a code point: not in a word, part of one, one by itself
+
+
 @functools.cache
-def _table(name: str) -> np.ndarray:
-    """For each code point: is it white space, a letter, part of a word; is it a word of its own."""
-    if name == "alone":
-        alone = np.zeros(sys.maxunicode + 1, bool)
+def _classes(kind: str) -> np.ndarray:
+    """For each code point what it is in words of a kind: "space", "alnum", or (part or not) "alpha"."""
+    method = getattr(str, f"is{kind}")
+    every = np.fromiter((method(chr(c)) for c in range(sys.maxunicode + 1)), np.uint8, sys.maxunicode + 1)
+    if kind == "space":
+        return 1 - every
+    if kind == "alnum":
         for low, high in _SPACELESS:
-            alone[low:high] = True
-        return alone & _table("alnum")
-    method = getattr(str, f"is{name}")
-    return np.fromiter((method(chr(c)) for c in range(sys.maxunicode + 1)), bool, sys.maxunicode + 1)
+            every[low:high] *= _ALONE
+    return every
+
+
+@functools.cache
+def _values() -> np.ndarray:
+    """A number for each code point `[..]` uint64, their bits mixed."""
+    values = np.arange(1, sys.maxunicode + 2, dtype=np.uint64) * _ODD
+    return values ^ (values >> np.uint64(32))
 
 
 def is_letter(points: np.ndarray) -> np.ndarray:
-    return _table("alpha")[points]
+    return _classes("alpha")[points].astype(bool)
 
 
 @functools.cache
@@ -69,10 +81,11 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
 def mix(x: np.ndarray) -> np.ndarray:
     """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
     x = x ^ (x >> np.uint64(33))
-    x = x * np.uint64(0xFF51AFD7ED558CCD)
-    x = x ^ (x >> np.uint64(33))
-    x = x * np.uint64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> np.uint64(33))
+    x *= np.uint64(0xFF51AFD7ED558CCD)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xC4CEB9FE1A85EC53)
+    x ^= x >> np.uint64(33)
+    return x
 
 
 def by_space(text: str) -> Words:
@@ -84,6 +97,18 @@ def normalised(text: str) -> Words:
     """Words as runs of letters and digits, in lower case, without what stands between: what two texts share if they
     differ in layout, case and punctuation alone. In scripts without spaces each character is one."""
     return _split(codes(text.lower()), "alnum")
+
+
+def normalised_batch(texts: Sequence[str]) -> tuple[Words, np.ndarray]:
+    """`normalised` of many texts at once: their words behind each other, counted in characters from each text's own
+    start, and the number of the first word of each text `[texts + 1]`."""
+    lower = [text.lower() for text in texts]
+    found = _split(codes("\n".join(lower)), "alnum")
+    begins = np.zeros(len(lower) + 1, np.int64)
+    np.cumsum([len(text) + 1 for text in lower], out=begins[1:])
+    offsets = np.searchsorted(found.starts, begins)
+    shift = np.repeat(begins[:-1], np.diff(offsets))
+    return Words(found.starts - shift, found.ends - shift, found.hashes), offsets
 
 
 def _split(points: np.ndarray, kind: str) -> Words:
@@ -105,28 +130,32 @@ def _split(points: np.ndarray, kind: str) -> Words:
 
 
 def _spans(block: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    inside = ~_table("space")[block] if kind == "space" else _table("alnum")[block]
+    classes = np.take(_classes(kind), block)
+    inside = classes > 0
+    # A word begins where something is inside and what is before it is not; and around each character that is alone.
     begins, stops = inside.copy(), inside.copy()
-    begins[1:] &= ~inside[:-1]
-    stops[:-1] &= ~inside[1:]
-    if kind == "alnum":
-        alone = _table("alone")[block]
-        if alone.any():
-            begins |= alone
-            stops |= alone
-            begins[1:] |= inside[1:] & alone[:-1]
-            stops[:-1] |= inside[:-1] & alone[1:]
+    np.greater(inside[1:], inside[:-1], out=begins[1:])
+    np.greater(inside[:-1], inside[1:], out=stops[:-1])
+    if kind == "alnum" and (alone := classes == _ALONE).any():
+        begins |= alone
+        stops |= alone
+        begins[1:] |= inside[1:] & alone[:-1]
+        stops[:-1] |= inside[:-1] & alone[1:]
     return np.flatnonzero(begins), np.flatnonzero(stops) + 1
 
 
 def _hashes(block: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """A polynomial in the characters of each span, by differences of one running sum; modulo 2^64."""
     powers, inverse = _powers()
-    values = (block.astype(np.uint64) + np.uint64(1)) * _ODD
-    values ^= values >> np.uint64(32)
+    values = np.take(_values(), block)
+    values *= powers[: len(block)]
     sums = np.zeros(len(block) + 1, np.uint64)
-    np.cumsum(values * powers[: len(block)], out=sums[1:])
-    return mix((sums[ends] - sums[starts]) * inverse[starts] + (ends - starts).astype(np.uint64) * _ODD)
+    np.cumsum(values, out=sums[1:])
+    out = np.take(sums, ends)
+    out -= np.take(sums, starts)
+    out *= np.take(inverse, starts)
+    out += (ends - starts).astype(np.uint64) * _ODD
+    return mix(out)
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import datasketch
@@ -77,3 +78,15 @@ def test_bands_agree_where_all_of_their_rows_do() -> None:
 
 def test_the_margin_is_two_standard_deviations() -> None:
     assert minhash.margin(0.8) == pytest.approx(0.8 - 2 * math.sqrt(0.16 / 128))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 40])
+def test_a_batch_has_the_shingles_and_signatures_of_each_text(size: int) -> None:
+    texts = ["", "one", prose(1, 3), "...", "two words", prose(2, 6), "", "a b c d e", "a b c d"]
+    for chosen in (texts, texts[::-1], texts[:1], [], texts[4:5]):
+        words, offsets = W.normalised_batch(chosen)
+        flat, first = minhash.shingles_batch(words.hashes, offsets, size)
+        alone = [shingles(text, size) for text in chosen]
+        bounds = first.astype(int).tolist()
+        assert [flat[a:b].tolist() for a, b in itertools.pairwise(bounds)] == [s.tolist() for s in alone]
+        assert (minhash.signatures_batch(flat, first) == minhash.signatures(alone)).all()

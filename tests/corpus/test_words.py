@@ -81,3 +81,14 @@ def test_ngrams_are_equal_where_the_words_are() -> None:
 def test_hashes_of_many_words_do_not_collide() -> None:
     text = " ".join(map(str, range(200_000)))
     assert len(np.unique(W.by_space(text).hashes)) == 200_000
+
+
+@given(st.lists(TEXT, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_a_batch_has_the_words_of_each_text(texts: list[str]) -> None:
+    found, offsets = W.normalised_batch(texts)
+    assert len(offsets) == len(texts) + 1
+    for number, text in enumerate(texts):
+        part, alone = slice(offsets[number], offsets[number + 1]), W.normalised(text)
+        for a, b in zip(found, alone, strict=True):
+            assert a[part].tolist() == b.tolist()
