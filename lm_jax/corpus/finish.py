@@ -135,6 +135,7 @@ def _timing(told: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         "tasks": len(told),
         "seconds": sum(t["seconds"] for t in told),
+        "processor": sum(t["processor"] for t in told),
         "memory": max((t["memory"] for t in told), default=0),
     }
 

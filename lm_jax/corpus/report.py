@@ -43,7 +43,7 @@ class Findings:
       tokenizer: its kind, size and caveat.
       evaluation_sets: what each has, by name.
       compared: pairs of documents that were compared, and that were alike.
-      timings: tasks, seconds of all of them, and the most memory of one, by stage.
+      timings: by stage, tasks, seconds of all of them, of a clock and of a processor, and the most memory of one.
       shards: name, documents and tokens of each.
     """
 
@@ -338,14 +338,14 @@ def _tokens(found: Findings) -> list[str]:
 
 def _made(found: Findings) -> list[str]:
     rows = [
-        [stage, f"{t['tasks']:,.0f}", f"{t['seconds']:,.1f}", f"{t['memory'] / 2**20:,.0f}"]
+        [stage, f"{t['tasks']:,.0f}", f"{t['seconds']:,.1f}", f"{t['processor']:,.1f}", f"{t['memory'] / 2**20:,.0f}"]
         for stage, t in found.timings.items()
     ]
     versions = ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     return [
         "<h2>How this was made</h2>",
-        _table(("stage", "tasks", "seconds of all tasks", "most memory of a process, MiB"), rows),
+        _table(("stage", "tasks", "seconds of all tasks", "of a processor", "most memory of a process, MiB"), rows),
         f"<p>lm_jax {__version__}; {_e(versions)}; {_e(machine)}.</p>",
         f"<details><summary>The config</summary><pre>{_e(json.dumps(found.config, indent=1))}</pre></details>",
     ]

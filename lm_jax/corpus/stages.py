@@ -62,12 +62,13 @@ def run_task(out: Path, stage: str, task: int) -> float:
     final = plan.folder(stage, task)
     if final.is_dir():
         return 0.0
-    start = time.monotonic()
+    start, processor = time.monotonic(), time.process_time()
     with folders.whole(final) as folder:
         ledger = Ledger()
         told = STAGES[stage].run(plan, task, folder, ledger)
         seconds = time.monotonic() - start
-        folders.write_record(folder, ledger, told=told, seconds=seconds, memory=_peak_memory())
+        spent = {"seconds": seconds, "processor": time.process_time() - processor, "memory": _peak_memory()}
+        folders.write_record(folder, ledger, told=told, **spent)
     return seconds
 
 
