@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
 from lm_jax.data.packing import Plan  # noqa: E402
+from lm_jax.data.quota import Quota, Stage  # noqa: E402
 from lm_jax.kernels.flash_attention.mask import AttentionMask, LocalGlobal  # noqa: E402
 from lm_jax.kernels.flash_attention.ring import parts_of, ring_order  # noqa: E402
 from lm_jax.kernels.flash_attention.schedule import tile_kinds  # noqa: E402
@@ -192,14 +193,11 @@ def packing() -> None:
     for ax, (name, way) in zip(axes, ways.items(), strict=True):
         plan = Plan(np.arange(60), lengths, length=T, seed=0, **way)
         for n in range(14):
-            at = 0
-            for piece in plan.row(n):
-                size = piece.stop - piece.start
-                cut = piece.start > 0 or piece.stop < lengths[piece.document] - 1
-                ax.add_patch(
-                    Rectangle((at, n + 0.1), size, 0.8, facecolor=hues[piece.document], hatch="///" if cut else None)
-                )
-                at += size
+            at, pieces = 0, plan.pieces(np.array([n]))
+            for document, start, stop in zip(pieces.documents, pieces.starts, pieces.stops, strict=True):
+                hatch = "///" if start > 0 or stop < lengths[document] - 1 else None  # cut
+                ax.add_patch(Rectangle((at, n + 0.1), stop - start, 0.8, facecolor=hues[document], hatch=hatch))
+                at += stop - start
             ax.add_patch(Rectangle((at, n + 0.1), T - at, 0.8, facecolor=EMPTY))
         full = plan.pairs / (plan.rows_per_epoch * T)
         out = f", {plan.left_out / (plan.pairs + plan.left_out):.0%} left out" if plan.left_out else ""
@@ -210,8 +208,34 @@ def packing() -> None:
     save(figure, "packing")
 
 
+def mixture() -> None:
+    """Whose each of the first rows is, and how far each source ever is from its due, over a change of weights."""
+    names, colours, change, rows = ("web 0.6", "code 0.3, then 0.1", "books 0.1, then 0.3"), DEVICES, 100, 200
+    order = Quota([Stage(0, (6, 3, 1)), Stage(change, (6, 1, 3))])
+    turns = np.array([order.turn(n)[0] for n in range(rows)])
+    figure, (first, last, below) = plt.subplots(
+        3, 1, figsize=(9, 4.4), layout="constrained", height_ratios=(1, 1, 5), sharex=False
+    )
+    for ax, start in ((first, 0), (last, rows - 80)):
+        for n in range(start, start + 80):
+            ax.add_patch(Rectangle((n, 0), 0.9, 1, color=colours[turns[n]], linewidth=0))
+        ax.set(xlim=(start, start + 80), ylim=(0, 1), yticks=[])
+    first.set_title("whose row it is: the first 80 rows, and the last", fontsize=10)
+    places = np.arange(1, rows + 1)
+    due = np.array([[float(d) for d in order.due(n)] for n in places])
+    for i, name in enumerate(names):
+        below.plot(places, np.cumsum(turns == i) - due[:, i], color=colours[i], label=name, linewidth=0.9)
+    for bound in (-1, 1):
+        below.axhline(bound, color="#777777", linewidth=0.8, linestyle="--")
+    below.axvline(change, color="#777777", linewidth=0.8)
+    below.set(xlim=(0, rows), ylim=(-1.15, 1.15), xlabel="rows", ylabel="rows had - rows due")
+    below.legend(loc="upper left", ncols=3, fontsize=9, frameon=False, bbox_to_anchor=(0, 0.97))
+    save(figure, "mixture")
+
+
 if __name__ == "__main__":
     packing()
+    mixture()
     attention_schedule()
     parallelism_holds()
     parallelism_ring()

@@ -1,11 +1,13 @@
 """The loss of a trained model on any text: `python -m launch.evaluate --workdir=runs/tiny --source=FILE`.
 
-Prints loss (nats a token), perplexity and bits per byte over all of the text, as JSON with --json.
+Or on what its own source keeps for that: `--split=test` (data.test), `--split=held_out`. Prints
+loss (nats a token), perplexity and bits per byte over all of the text, as JSON with --json.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from absl import flags
 
@@ -17,8 +19,10 @@ SOURCE = flags.DEFINE_string(
     "source",
     None,
     "a file, directory or glob of .txt, .jsonl and .parquet files, or python",
-    required=True,
     flag_values=FLAGS,
+)
+SPLIT = flags.DEFINE_enum(
+    "split", None, ("held_out", "test"), "instead of --source: that part of the run's own text", flag_values=FLAGS
 )
 FIELD = flags.DEFINE_string(
     "field", None, "the field that holds the text (the run's own, if not given)", flag_values=FLAGS
@@ -40,6 +44,7 @@ def main() -> int:
 
     from lm_jax.data.loader import Batches
     from lm_jax.data.pipeline import prepare_evaluation
+    from lm_jax.errors import UserError
     from lm_jax.evaluation.loss import held_out_loss, make_eval_step
     from lm_jax.objectives.next_token import next_token
     from lm_jax.paths import run_path
@@ -47,15 +52,19 @@ def main() -> int:
     from lm_jax.training.metrics import evaluation_values
     from lm_jax.training.trained import load_trained
 
+    if (SOURCE.value is None) == (SPLIT.value is None):
+        raise UserError("give either --source=.. or --split=test, which is of the run's own text")
     runtime.use_compilation_cache()
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         model = load_trained(run_path(WORKDIR.value), mesh, step=STEP.value)
         train = model.config.train
         data = dataclasses.replace(model.config.data, field=FIELD.value or model.config.data.field)
-        text = prepare_evaluation(
-            data, model.tokenizer, SOURCE.value, length=LENGTH.value or train.length, key="--source"
-        )
+        length = LENGTH.value or train.length
+        if SOURCE.value is not None:
+            text = prepare_evaluation(data, model.tokenizer, SOURCE.value, length=length, key="--source")
+        else:
+            text = _own_text(data, model.tokenizer.fingerprint, SPLIT.value, length)
         eval_step = jax.jit(make_eval_step(next_token(model.config.model)))
         size, rows = BATCH_SIZE.value or train.batch_size, text.plan.rows_per_epoch
         with Batches(text.plan, text.store, mesh, batch_size=size, stop=rows) as batches:
@@ -67,6 +76,24 @@ def main() -> int:
         named = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"step {model.step}: {named}  ({targets:,} targets)")
     return 0
+
+
+def _own_text(data: Any, tokenizer: str, split: str | None, length: int) -> Any:
+    """What a run's own source keeps for evaluation.
+
+    Raises:
+      UserError: where it keeps nothing, or its tokens are no longer those that the run was trained on.
+    """
+    from lm_jax.data.pipeline import prepare
+    from lm_jax.errors import UserError
+
+    prepared = prepare(data, length=length, seed=0)
+    if prepared.tokenizer.fingerprint != tokenizer:
+        raise UserError("--split: the run's source is no longer the text that it was trained on\ngive --source=..")
+    text = prepared.test if split == "test" else prepared.held_out
+    if text is None:
+        raise UserError(f"--split={split}: the run has data.{split} = 0: nothing of its text was kept for that")
+    return text
 
 
 if __name__ == "__main__":

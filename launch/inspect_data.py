@@ -37,9 +37,15 @@ def main(config: ConfigDict) -> int:
     first = (STEP.value - 1) * train.batch_size
     numbers = range(first, first + min(ROWS.value, train.batch_size))
     plan, store = prepared.train.plan, prepared.train.store
-    rows = rows_of(read_rows(plan, store, list(numbers)), plan, numbers, prepared.tokenizer)
-    epoch, place = divmod(first, plan.rows_per_epoch)
-    where = f"step {STEP.value}: rows {first:,} on, row {place:,} of {plan.rows_per_epoch:,} of epoch {epoch}"
+    rows = rows_of(
+        read_rows(plan, store, list(numbers)), plan, numbers, prepared.tokenizer, run.data.prompt_field is not None
+    )
+    where = f"step {STEP.value}: rows {first:,} on"
+    if consumed := prepared.consumed(first):
+        where += ", before them " + ", ".join(f"{n:,} of {name}" for name, n in consumed.items())
+    else:
+        epoch, place = divmod(first, plan.rows_per_epoch)
+        where += f", row {place:,} of {plan.rows_per_epoch:,} of epoch {epoch}"
     about = f"{where}; {summary(rows, train.length)}"
     if HTML.value:
         Path(HTML.value).write_text(page(rows, f"What step {STEP.value} trains on", about), encoding="utf-8")

@@ -393,12 +393,12 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     status, held = _of_part(plan, "status", task), _of_part(plan, "held_out", task)
     histogram = ledger.histogram("kept")
 
-    def entries() -> Iterator[tuple[Sourced, bool, int]]:
+    def entries() -> Iterator[tuple[Sourced, int, int]]:
         documents = folders.documents(plan.folder("sign", task))
         for document, code, side in zip(documents, status.tolist(), held.tolist(), strict=True):
             if code == duplicates.KEPT:
                 histogram.add(len(document.data), document.language)
-                yield Sourced(document.text, document.origin), bool(side), len(document.data)
+                yield Sourced(document.text, document.origin), int(side), len(document.data)
 
     final = plan.out / name
     with folders.whole(final) as shard:

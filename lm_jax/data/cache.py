@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lm_jax.data.progress import Progress
 from lm_jax.errors import ConfigError, UserError
@@ -46,6 +49,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Keeps an array that is quickly worked out again: where it cannot be written, it is not kept."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    with contextlib.suppress(OSError):
+        write_atomic(path, content.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------- entries

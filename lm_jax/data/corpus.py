@@ -20,6 +20,7 @@ from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.data.tokenizers.tokenizer import ignore
 from lm_jax.errors import UserError
 
+SIDES = ("train", "held_out", "test")
 BATCH = 2**21  # characters that are encoded before they are written
 
 
@@ -31,13 +32,13 @@ class Corpus:
 
     Attributes:
       sizes: `[documents]` int64, bytes of UTF-8.
-      held_out: `[documents]` bool.
+      held_out, test: `[documents]` bool.
       length: characters in all.
       dropped: how many things in the source were left out, by reason.
     """
 
-    def __init__(self, files: Files, policy: Policy, share: float) -> None:
-        """Args: the files, how documents are taken from them, and the share of them to hold out (0: none).
+    def __init__(self, files: Files, policy: Policy, share: float, test: float = 0.0) -> None:
+        """Args: the files, how documents are taken from them, and the shares to hold out and to keep for a test.
 
         Raises:
           UserError: where there is no text, or what there is cannot be divided.
@@ -62,6 +63,19 @@ class Corpus:
             self._divide(share)
         elif share > 0:
             self.held_out = hold_out(self._hashes, share, files.label)
+        self.test = np.zeros_like(self.held_out)
+        if test > 0:
+            self.test = self._keep(test)
+
+    def _keep(self, share: float) -> np.ndarray:
+        """Which documents are for the test: those whose hash is in the highest `share` of all hashes."""
+        kept = self._hashes > np.uint64(2**64 - 1 - int(share * 2**64))
+        if self._cut or not kept.any() or (kept | self.held_out).all():
+            raise UserError(
+                f"{self.files.label}: its {len(self._hashes)} documents are too few to keep {share:g} of them for a "
+                "test\nset data.test=0, or add text"
+            )
+        return kept & ~self.held_out
 
     def _divide(self, share: float) -> None:
         (document,) = Reader(self.files, self.policy)
@@ -87,8 +101,9 @@ class Corpus:
                 )
             count += 1
             if self._cut:
-                yield Document(document.text[: self._cut], document.origin)
-                yield Document(document.text[self._cut :], document.origin)
+                prompt = document.prompt
+                yield Document(document.text[: self._cut], document.origin, min(prompt, self._cut))
+                yield Document(document.text[self._cut :], document.origin, max(prompt - self._cut, 0))
             else:
                 yield document
         if count != len(self._hashes):
@@ -105,7 +120,7 @@ class Corpus:
         if self._cut:
             return [next(iter(self)).text[:limit]]
         order = np.argsort(self._hashes, kind="stable")
-        order = order[~self.held_out[order]]
+        order = order[~(self.held_out | self.test)[order]]
         before = np.cumsum(self.sizes[order]) - self.sizes[order]
         chosen = set(order[before < limit].tolist())
         return [d.text[:limit] for i, d in enumerate(self) if i in chosen]
@@ -156,9 +171,10 @@ class _Job:
     bad: str  # refuse or drop
     refuse_altered: bool
     dropped: collections.Counter[str]
-    held_out: list[bool] = dataclasses.field(default_factory=list)  # of the documents that were written
+    sides: list[int] = dataclasses.field(default_factory=list)  # of the documents that were written, in `SIDES`
     bytes: list[int] = dataclasses.field(default_factory=list)
     predicted_bytes: list[int] = dataclasses.field(default_factory=list)
+    prompts: list[int] = dataclasses.field(default_factory=list)  # tokens of each document that are its prompt
     tokens_in: int = 0
     tokens_dropped: int = 0
     altered: int = 0
@@ -181,21 +197,22 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: 
     Raises:
       UserError: names the file of a text that the tokenizer cannot encode, or does not give back.
     """
-    entries = zip(corpus, corpus.held_out.tolist(), corpus.sizes.tolist(), strict=True)
     with Progress("tokenising", corpus.length) as progress:
+        sides = np.where(corpus.test, 2, corpus.held_out.astype(int)).tolist()
         write_tokens(
-            entries,
+            zip(corpus, sides, corpus.sizes.tolist(), strict=True),
             tokenizer,
             directory,
             bad=corpus.policy.bad,
             altered=altered,
             dropped=corpus.dropped,
+            with_test=bool(corpus.test.any()),
             advance=progress.advance,
         )
     tokenizer.save(directory)
 
 
-Entry = tuple[Document, bool, int]  # a document, whether it is held out, its size in bytes
+Entry = tuple[Document, int, int]  # a document, its side in `SIDES`, its size in bytes
 
 
 def write_tokens(
@@ -206,6 +223,7 @@ def write_tokens(
     bad: str,
     altered: str,
     dropped: Mapping[str, int] = types.MappingProxyType({}),
+    with_test: bool = False,
     advance: Callable[[int], None] = ignore,
 ) -> dict[str, Any]:
     """Writes the ids of documents as a store, without the tokenizer's own files.
@@ -217,6 +235,7 @@ def write_tokens(
       bad: "refuse" or "drop" for a document that spells the boundary.
       altered: "refuse" stops at the first document that the ids do not give back, "accept" counts them.
       dropped: what was left out before, by reason.
+      with_test: whether the store tells which documents are on the side "test".
       advance: is told how many more characters are done.
 
     Returns:
@@ -230,7 +249,10 @@ def write_tokens(
     for batch in _batches(entries):
         _tokenise_batch(batch, _encode(batch, tokenizer, advance), tokenizer, job)
     manifest = _manifest(job)
-    writer.finish(np.array(job.held_out, bool), manifest)
+    sides, prompts = np.array(job.sides, np.int8), np.array(job.prompts, np.int64)
+    writer.finish(
+        sides == 1, manifest, test=sides == 2 if with_test else None, prompts=prompts if prompts.any() else None
+    )
     return manifest
 
 
@@ -247,9 +269,10 @@ def _batches(documents: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _tokenise_batch(batch: list[Entry], encoded: list[np.ndarray], tokenizer: Tokenizer, job: _Job) -> None:
+def _tokenise_batch(batch: list[Entry], encoded: list[list[np.ndarray]], tokenizer: Tokenizer, job: _Job) -> None:
     edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
-    for (document, held, size), inner in zip(batch, encoded, strict=True):
+    for (document, side, size), parts in zip(batch, encoded, strict=True):
+        inner = np.concatenate(parts)
         ids = np.concatenate([*edge, inner, *edge])
         job.tokens_in += len(ids)
         if edge and (inner == tokenizer.boundary).any():
@@ -263,10 +286,12 @@ def _tokenise_batch(batch: list[Entry], encoded: list[np.ndarray], tokenizer: To
             job.drop("fewer than two tokens", len(ids))
         else:
             job.writer.write(ids)
-            job.held_out.append(held)
+            job.sides.append(side)
             job.bytes.append(size)
+            job.prompts.append(len(edge) + len(parts[0]) if document.prompt else 0)
             # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
-            job.predicted_bytes.append(size if edge else size - tokenizer.bytes_of(int(ids[0])))
+            first = 0 if edge or document.prompt else tokenizer.bytes_of(int(ids[0]))
+            job.predicted_bytes.append(size - len(document.text[: document.prompt].encode("utf-8")) - first)
             if not tokenizer.exact and (back := tokenizer.decode(inner)) != document.text:
                 difference = first_difference(document.text, back)
                 if job.refuse_altered:
@@ -292,9 +317,14 @@ def altered_document(origin: str, difference: str) -> UserError:
     )
 
 
-def _encode(batch: list[Entry], tokenizer: Tokenizer, advance: Callable[[int], None]) -> list[np.ndarray]:
+def _encode(batch: list[Entry], tokenizer: Tokenizer, advance: Callable[[int], None]) -> list[list[np.ndarray]]:
+    """The ids of each document: of its prompt, where it has one, and of the rest, so that no token lies across."""
+    texts = []
+    for document, _, _ in batch:
+        texts += [document.text[: document.prompt]] * bool(document.prompt) + [document.text[document.prompt :]]
     try:
-        return tokenizer.encode_batch([document.text for document, _, _ in batch], advance)
+        encoded = iter(tokenizer.encode_batch(texts, advance))
+        return [[next(encoded) for _ in range(1 + bool(document.prompt))] for document, _, _ in batch]
     except UserError:
         for document, _, _ in batch:  # whose text was it?
             try:
@@ -305,11 +335,11 @@ def _encode(batch: list[Entry], tokenizer: Tokenizer, advance: Callable[[int], N
 
 
 def _manifest(job: _Job) -> dict[str, Any]:
-    lengths, held = np.array(job.writer.lengths, np.int64), np.array(job.held_out, bool)
+    lengths, where = np.array(job.writer.lengths, np.int64), np.array(job.sides, np.int8)
     out = int(lengths.sum())
     if job.tokens_in != out + job.tokens_dropped:
         raise RuntimeError(f"{job.tokens_in} tokens in, but {out} out and {job.tokens_dropped} dropped")
-    sides = {"train": ~held, "held_out": held}
+    sides = {side: where == i for i, side in enumerate(SIDES) if i < 2 or (where == i).any()}
 
     def by_side(values: np.ndarray | list[int]) -> dict[str, int]:
         return {side: int(np.asarray(values, np.int64)[mask].sum()) for side, mask in sides.items()}
@@ -320,7 +350,7 @@ def _manifest(job: _Job) -> dict[str, Any]:
         "documents": {**{side: int(mask.sum()) for side, mask in sides.items()}, "altered": job.altered},
         "dropped": dict(sorted(job.dropped.items())),
         "tokens": {"in": job.tokens_in, "out": out, "dropped": job.tokens_dropped, **by_side(lengths)},
-        "targets": by_side(lengths - 1),
+        "targets": by_side(lengths - np.maximum(job.prompts, 1)),  # the loss counts no prompt
         "bytes": by_side(job.bytes),
         "predicted_bytes": by_side(job.predicted_bytes),
     }

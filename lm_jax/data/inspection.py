@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.data.packing import Batch, Plan
+from lm_jax.data.packing import Batch, Rows
 from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.errors import UserError
 
@@ -35,9 +35,9 @@ class Span(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A document's part of a row: its number, where in the document it starts, its spans."""
+    """A document's part of a row: what it is called, where in the document it starts, its spans."""
 
-    document: int
+    document: str
     start: int
     spans: list[Span]
 
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     padding: int
 
 
-def rows_of(batch: Batch, plan: Plan, numbers: range, tokenizer: Tokenizer) -> list[Row]:
+def rows_of(batch: Batch, plan: Rows, numbers: range, tokenizer: Tokenizer, prompts: bool = False) -> list[Row]:
     """A batch decoded.
 
     Args:
@@ -58,9 +58,11 @@ def rows_of(batch: Batch, plan: Plan, numbers: range, tokenizer: Tokenizer) -> l
       plan: whose rows they are.
       numbers: which, `[B]`.
       tokenizer: of the tokens.
+      prompts: whether the documents begin with prompts, which the loss is not to count.
 
     Raises:
-      UserError: where the loss counts nothing at all, or counts padding: such a batch teaches nothing, or nonsense.
+      UserError: where the loss counts nothing at all, or padding, or every prompt: such a batch teaches nothing, or
+        what it should not.
     """
     mask, padding = batch["loss_mask"], batch["segment_ids"] < 0
     if not mask.any():
@@ -68,14 +70,19 @@ def rows_of(batch: Batch, plan: Plan, numbers: range, tokenizer: Tokenizer) -> l
     if (mask & padding).any():
         b, t = np.argwhere(mask & padding)[0]
         raise UserError(f"row {numbers[b]}: the loss counts padding, at place {t} first")
+    if prompts and (mask | padding).all():
+        raise UserError("the loss counts every token, although data.prompt_field is set: the prompts are empty")
     found = []
     for b, number in enumerate(numbers):
         segments = []
-        for segment, piece in enumerate(plan.row(number)):
+        pieces = plan.pieces(np.array([number]))
+        for segment, (document, start) in enumerate(
+            zip(pieces.documents.tolist(), pieces.starts.tolist(), strict=True)
+        ):
             here = batch["segment_ids"][b] == segment
             ids, positions, counted = (batch[name][b][here] for name in ("tokens", "positions", "loss_mask"))
             spans = list(_spans(ids, positions, counted, tokenizer))
-            segments.append(Segment(piece.document, piece.start, spans))
+            segments.append(Segment(plan.name_of(document), start, spans))
         found.append(Row(number, segments, int(padding[b].sum())))
     return found
 
@@ -129,7 +136,7 @@ def _origin(segment: Segment) -> str:
     tokens = sum(len(span.ids) for span in segment.spans)
     first = segment.spans[0].position if segment.spans else 0
     return (
-        f"document {segment.document}, its tokens {segment.start:,} to {segment.start + tokens - 1:,},"
+        f"{segment.document}, its tokens {segment.start:,} to {segment.start + tokens - 1:,},"
         f" at positions {first:,} to {first + tokens - 1:,}"
     )
 

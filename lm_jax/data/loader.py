@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lm_jax.data.packing import Plan, TokenReader, read_rows
+from lm_jax.data.packing import Rows, TokenReader, read_rows
 from lm_jax.sharding import partition
 
 READY = 2  # batches on the devices ahead of the step
@@ -31,7 +31,7 @@ class _Rows:
     """Batches of a plan by number, for grain: of each the rows that this process needs, as numpy arrays."""
 
     def __init__(
-        self, plan: Plan, store: TokenReader, batch_size: int, start: int, stop: int | None, needed: np.ndarray
+        self, plan: Rows, store: TokenReader, batch_size: int, start: int, stop: int | None, needed: np.ndarray
     ):
         self.plan, self.store, self.batch_size = plan, store, batch_size
         self.start, self.stop, self.needed = start, stop, needed
@@ -54,7 +54,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Rows,
         store: TokenReader,
         mesh: Mesh,
         *,

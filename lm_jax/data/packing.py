@@ -19,31 +19,67 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lm_jax.data.bins import FITS
 from lm_jax.data.cache import digest
+from lm_jax.data.store import spread
 from lm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
-class Piece(NamedTuple):
-    """Pairs of a document: the inputs are its tokens [start, stop), the targets its tokens [start + 1, stop + 1)."""
+class Pieces(NamedTuple):
+    """The pieces of several rows, row by row.
 
-    document: int
-    start: int
-    stop: int
+    A piece is pairs of a document: the inputs are its tokens [start, stop), the targets those one further on.
+    """
+
+    counts: np.ndarray  # [rows]: how many pieces each row has
+    documents: np.ndarray  # [pieces]
+    starts: np.ndarray  # [pieces]
+    stops: np.ndarray  # [pieces]
+    prompts: np.ndarray  # [pieces]: the first so many tokens of the document are no targets that the loss counts
 
 
 class TokenReader(Protocol):
-    """What holds the tokens of documents (`store.Store`)."""
+    """What holds the tokens of documents: a `Store`, or several of them joined."""
 
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        """For each (document, start, stop), its tokens [start, stop) as integers."""
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """The tokens [start, stop) of each document as integers, one after the other; `[pieces]` each."""
+
+
+class Rows(Protocol):
+    """Which tokens row `n` has: a `Plan` of one set of documents, or what several plans make together.
+
+    Attributes:
+      length: pairs a row, T.
+      pairs: pairs an epoch.
+      left_out: pairs that no epoch has, of documents that are truncated.
+      rows_per_epoch: rows that take them all.
+    """
+
+    length: int
+    pairs: int
+    left_out: int
+    rows_per_epoch: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what row `n` is."""
+
+    @property
+    def way(self) -> str:
+        """How rows are made, in words that say what differs from `split` of one source; empty for that."""
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        """The pieces of rows n = 0, 1, ..; epoch after epoch."""
+
+    def name_of(self, document: int) -> str:
+        """What a person calls a piece's document."""
 
 
 PACKINGS = ("split", *FITS)
@@ -88,6 +124,8 @@ class Plan:
         content: str = "",
         packing: str = "split",
         truncate: bool = False,
+        prompts: np.ndarray | None = None,
+        rewritten: str = "",
     ) -> None:
         """Args:
           documents: `[n]`, the numbers by which the reader knows the documents.
@@ -97,6 +135,8 @@ class Plan:
           content: a fingerprint of what the tokens are.
           packing: of `PACKINGS`.
           truncate: whether what a document has beyond a row is left out; not with `split`.
+          prompts: `[n]`, how many tokens at the beginning of each document are no targets for the loss; None: none.
+          rewritten: what was done to the documents' tokens, in words.
 
         Raises:
           UserError: where no document has two tokens.
@@ -104,6 +144,8 @@ class Plan:
         pairs = np.asarray(tokens, np.int64) - 1
         self.documents = np.asarray(documents, np.int64)[pairs > 0]
         self._pairs = pairs[pairs > 0]
+        self._prompts = np.zeros(len(self._pairs), np.int64) if prompts is None else prompts[pairs > 0]
+        self._rewritten = rewritten
         self.length, self.seed, self.content, self.packing, self.truncate = length, seed, content, packing, truncate
         everything = int(self._pairs.sum())
         if everything == 0:
@@ -124,54 +166,52 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides what row `n` is."""
         return digest(
             f"plan 1, length {self.length}, seed {self.seed}" + self.way,
             self.content,
             self.documents.tobytes(),
             self._pairs.tobytes(),
+            *([self._prompts.tobytes()] if self._prompts.any() else []),
         )
 
     @property
     def way(self) -> str:
-        """How rows are made, in words that say what differs from `split`; empty for that."""
-        if self.packing == "split":
-            return ""
-        return f", {self.packing}" + (", truncated" if self.truncate else "")
+        packed = "" if self.packing == "split" else f", {self.packing}" + (", truncated" if self.truncate else "")
+        return packed + (f", {self._rewritten}" if self._rewritten else "")
 
-    def row(self, n: int) -> list[Piece]:
-        """The pieces of row `n`, n = 0, 1, ..; epoch after epoch."""
-        number, place = divmod(n, self.rows_per_epoch)
-        epoch = self._epoch(number)
+    def name_of(self, document: int) -> str:
+        return f"document {document}"
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        numbers, places = np.divmod(np.asarray(rows, np.int64), self.rows_per_epoch)
+        if self.seed is None:
+            numbers = np.zeros_like(numbers)
+        return by_group(numbers, lambda number, here: self._of_epoch(self._epoch(number), places[here]))
+
+    def _of_epoch(self, epoch: _Ring | _Bins, places: np.ndarray) -> Pieces:
+        rows = epoch.rows[places]
         if isinstance(epoch, _Bins):
-            row = int(epoch.rows[place])
-            here = slice(int(epoch.first[row]), int(epoch.first[row + 1]))
-            starts = epoch.starts[here]
-            documents = self.documents[epoch.which[here]]
-            return list(map(Piece, documents.tolist(), starts.tolist(), (starts + epoch.sizes[here]).tolist()))
-        begin = int(epoch.rows[place]) * self.length
-        end = min(begin + self.length, self.pairs)
-        begin, end = begin + epoch.offset, end + epoch.offset
-        if begin >= self.pairs:
-            begin, end = begin - self.pairs, end - self.pairs
-        if end <= self.pairs:
-            return self._pieces(epoch, begin, end)
-        return self._pieces(epoch, begin, self.pairs) + self._pieces(epoch, 0, end - self.pairs)  # round the ring
-
-    def _pieces(self, epoch: _Ring, begin: int, end: int) -> list[Piece]:
-        """The pieces of the ring's pairs [begin, end)."""
-        first = int(epoch.ends.searchsorted(begin, side="right"))
-        last = int(epoch.ends.searchsorted(end, side="left"))
-        which = epoch.order[first : last + 1]
-        sizes = self._pairs[which]
-        starts = epoch.ends[first : last + 1] - sizes
-        lows = np.maximum(begin - starts, 0)
-        highs = np.minimum(end - starts, sizes)
-        return list(map(Piece, self.documents[which].tolist(), lows.tolist(), highs.tolist()))
+            counts = epoch.first[rows + 1] - epoch.first[rows]
+            here = spread(epoch.first[rows], counts)
+            starts, which = epoch.starts[here], epoch.which[here]
+            stops = starts + epoch.sizes[here]
+            return Pieces(counts, self.documents[which], starts, stops, self._prompts[which])
+        begins = rows * self.length
+        ends = np.minimum(begins + self.length, self.pairs) + epoch.offset
+        begins = begins + epoch.offset
+        # Two stretches a row: the ring's up to its end, and those beyond it, from its beginning.
+        low = np.stack([begins, np.maximum(begins - self.pairs, 0)], 1)
+        high = np.stack([np.minimum(ends, self.pairs), np.maximum(ends - self.pairs, 0)], 1)
+        first = epoch.ends.searchsorted(low, side="right")
+        counts = np.where(low < high, epoch.ends.searchsorted(high, side="left") + 1 - first, 0)
+        here = spread(first.ravel(), counts.ravel())
+        which = epoch.order[here]
+        before = epoch.ends[here] - self._pairs[which]
+        starts = np.maximum(np.repeat(low.ravel(), counts.ravel()) - before, 0)
+        stops = np.minimum(np.repeat(high.ravel(), counts.ravel()) - before, self._pairs[which])
+        return Pieces(counts.sum(1), self.documents[which], starts, stops, self._prompts[which])
 
     def _epoch(self, number: int) -> _Ring | _Bins:
-        if self.seed is None:
-            number = 0
         with self._lock:
             if number not in self._epochs:
                 while len(self._epochs) > 1:  # readers cross from one epoch into the next: keep the latest two
@@ -185,9 +225,9 @@ class Plan:
         if self.seed is None:
             order, rows, offset = np.arange(len(self._pairs)), np.arange(self.rows_per_epoch), 0
         else:
-            order = _permutation(len(self._pairs), _key(self.seed, number, "documents"))
-            rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
-            offset = _key(self.seed, number, "offset") % self.length % self.pairs
+            order = permutation(len(self._pairs), key(self.seed, number, "documents"))
+            rows = permutation(self.rows_per_epoch, key(self.seed, number, "rows"))
+            offset = key(self.seed, number, "offset") % self.length % self.pairs
         return _Ring(order, np.cumsum(self._pairs[order]), offset, rows)
 
     def _make_bins(self, number: int) -> _Bins:
@@ -196,9 +236,9 @@ class Plan:
         if self.seed is None:
             order, turn, rows = np.arange(n), np.zeros(n, np.uint64), np.arange(self.rows_per_epoch)
         else:
-            order = _permutation(n, _key(self.seed, number, "documents"))
-            turn = _hashes(n, _key(self.seed, number, "offset"))
-            rows = _permutation(self.rows_per_epoch, _key(self.seed, number, "rows"))
+            order = permutation(n, key(self.seed, number, "documents"))
+            turn = hashes(np.arange(n), key(self.seed, number, "offset"))
+            rows = permutation(self.rows_per_epoch, key(self.seed, number, "rows"))
         full, rest = np.divmod(self._pairs, length)
         # What is left of a document stands behind so many of its whole rows.
         before = (turn % (full + 1).astype(np.uint64)).astype(np.int64)
@@ -221,19 +261,20 @@ class Plan:
         )
 
 
-def _key(seed: int, epoch: int, use: str) -> int:
+def key(seed: int, epoch: int, use: str) -> int:
+    """A number of 64 bits for a use of a seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{use}".encode(), digest_size=8).digest(), "little")
 
 
-def _permutation(n: int, key: int) -> np.ndarray:
+def permutation(n: int, key: int) -> np.ndarray:
     """0 .. n - 1 in the order of their hashes."""
-    return np.argsort(_hashes(n, key), kind="stable")
+    return np.argsort(hashes(np.arange(n), key), kind="stable")
 
 
-def _hashes(n: int, key: int) -> np.ndarray:
-    """A number of 64 bits for each of 0 .. n - 1 (splitmix64, Steele et al. 2014)."""
+def hashes(numbers: np.ndarray, key: int) -> np.ndarray:
+    """A number of 64 bits for each of some numbers (splitmix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
-        x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
@@ -254,24 +295,68 @@ def empty_batch(rows: int, length: int) -> Batch:
     }
 
 
-def read_rows(plan: Plan, store: TokenReader, rows: Sequence[int | None]) -> Batch:
+def read_rows(plan: Rows, store: TokenReader, rows: Sequence[int | None]) -> Batch:
     """The batch `[len(rows), T]` of these rows of a plan; None is a row of padding.
 
     `segment_ids` count a row's pieces from 0 (-1 is padding), `positions` start again in each piece.
     """
-    batch = empty_batch(len(rows), plan.length)
-    pieces = [[] if n is None else plan.row(n) for n in rows]
-    tokens = iter(store.read([(p.document, p.start, p.stop + 1) for row in pieces for p in row]))
-    count = np.arange(plan.length, dtype=np.int32)
-    for b, row in enumerate(pieces):
-        at = 0
-        for segment, (_, start, stop) in enumerate(row):
-            ids, size = next(tokens), stop - start
-            here = slice(at, at + size)
-            batch["tokens"][b, here] = ids[:-1]
-            batch["targets"][b, here] = ids[1:]
-            batch["segment_ids"][b, here] = segment
-            batch["positions"][b, here] = count[:size]
-            at += size
-        batch["loss_mask"][b, :at] = True
+    asked = np.array([n is not None for n in rows], bool)
+    pieces = plan.pieces(np.array([n for n in rows if n is not None], np.int64))
+    sizes = pieces.stops - pieces.starts
+    if not len(sizes):
+        return empty_batch(len(rows), plan.length)
+    counts = np.zeros(len(rows), np.int64)
+    counts[asked] = pieces.counts
+    ids = store.read(pieces.documents, pieces.starts, pieces.stops + 1)
+    inner = np.ones(len(ids), bool)  # all but the last token of each piece
+    inner[np.cumsum(sizes + 1) - 1] = False
+    values = {
+        "tokens": ids[inner],
+        "targets": ids[1:][inner[:-1]],
+        "segment_ids": np.repeat(spread(np.zeros(len(counts), np.int32), counts), sizes),
+        "positions": spread(np.zeros(len(sizes), np.int32), sizes),
+    }
+    filled = np.add.reduceat(np.append(sizes, 0), np.minimum(np.cumsum(counts) - counts, len(sizes))) * (counts > 0)
+    batch = _in_rows(values, filled, plan.length)
+    if pieces.prompts.any():
+        at = (
+            np.repeat(pieces.starts + 1 - pieces.prompts, sizes) + values["positions"]
+        )  # of each target behind the prompt
+        batch["loss_mask"][batch["loss_mask"]] = at >= 0
     return batch
+
+
+def _in_rows(values: dict[str, np.ndarray], filled: np.ndarray, length: int) -> Batch:
+    """Values that stand one after the other in rows, of each of which so many places are filled."""
+    if (filled == length).all():
+        batch = {name: x.astype(np.int32, copy=False).reshape(-1, length) for name, x in values.items()}
+        return batch | {"loss_mask": np.ones((len(filled), length), bool)}
+    batch = empty_batch(len(filled), length)
+    here = np.arange(length) < filled[:, None]
+    for name, x in values.items():
+        batch[name][here] = x
+    return batch | {"loss_mask": here}
+
+
+def by_group(groups: np.ndarray, of_group: Callable[[int, np.ndarray], Pieces]) -> Pieces:
+    """The pieces of rows that are looked up group by group, in the order of the rows.
+
+    Args:
+      groups: `[rows]`, the group of each.
+      of_group: from a group and its places in `groups`, the pieces of those rows.
+    """
+    found = [
+        (here, of_group(int(group), here)) for group in np.unique(groups) for here in [np.flatnonzero(groups == group)]
+    ]
+    if len(found) == 1:
+        return found[0][1]
+    counts = np.zeros(len(groups), np.int64)
+    for here, part in found:
+        counts[here] = part.counts
+    ends = np.cumsum(counts)
+    joined = Pieces(counts, *(np.zeros(ends[-1] if len(ends) else 0, np.int64) for _ in range(4)))
+    for here, part in found:
+        at = spread((ends - counts)[here], part.counts)
+        for whole, values in zip(joined[1:], part[1:], strict=True):
+            whole[at] = values
+    return joined

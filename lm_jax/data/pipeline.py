@@ -3,109 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import sys
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
-from lm_jax.data import cache, tokenizers
-from lm_jax.data.corpus import Corpus, altered_document, tokenise
-from lm_jax.data.packing import PACKINGS, Plan
-from lm_jax.data.sources import EMBEDDED, SUFFIXES, Files, Policy, find_files
-from lm_jax.data.store import Store, whole
+from lm_jax.data import cache, mixture, tokenizers
+from lm_jax.data.config import DataConfig
+from lm_jax.data.corpus import SIDES
+from lm_jax.data.fim import FillInTheMiddle, FimReader, plan_of
+from lm_jax.data.joined import Joined, ShardedPlan, Shards
+from lm_jax.data.mixture import Mixture
+from lm_jax.data.opened import Opened, open_source, open_sources
+from lm_jax.data.packing import Rows, TokenReader
+from lm_jax.data.sources import SUFFIXES
 from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.errors import ConfigError, UserError
-
-FORMAT = 1  # of what a cache entry holds: another number makes entries anew
-SAMPLE = 8 * 2**20  # bytes that a vocabulary is learnt from: 2 s for 4,096 pieces on two cores (x86)
-SMALLEST_VOCABULARY = 300  # 256 bytes, unknown, boundary, and some characters
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a model reads.
-
-    Attributes:
-      source: a file, a directory or a glob of `.txt`, `.jsonl` and `.parquet` files, or several; or "python", the
-        embedded default: the source text of the running interpreter's own standard library (`./python` is a folder of
-        that name).
-      field: the field of a `.jsonl` line, or the column of a `.parquet` file, that holds the text.
-      tokenizer: "bytes"; "characters" (those of the source); "sentencepiece" (learnt from the source on first use);
-        or the path of one that is there already: a folder that launch.train_tokenizer wrote, a `.model` file of
-        sentencepiece, a `tokenizer.json` of Hugging Face, a `.tiktoken` file.
-      vocab_size: ids of a "sentencepiece" tokenizer; the others have their own.
-      boundary: whether a boundary token stands before and after every document.
-      held_out: the share of documents that is never trained on, by a stable hash of their text; of a source with a
-        single document, the last such share of its characters.
-      packing: how documents share rows: "split" cuts the text of all of them into rows; "best_fit" and "first_fit" cut
-        no document that fits a row, at the price of some padding.
-      truncate: whether a document that is longer than a row is cut short instead of going on in another row; with
-        "best_fit" and "first_fit".
-      max_epochs: the most passes over the source that a run may ask for.
-      bad_documents: "refuse" stops at what cannot be a document (bad UTF-8, a broken line, no text in the field, too
-        large), "drop" leaves it out and counts it.
-      altered_documents: what is done with a document that the tokenizer does not give back unchanged: "refuse" stops at
-        the first, "accept" counts them.
-      max_document_bytes: the largest document; a document is encoded in memory, in some 15 times its size.
-      cache: where tokenizers and tokens are kept; None is $LM_JAX_CACHE, else ~/.cache/lm_jax.
-      threads: threads that read rows.
-    """
-
-    source: str | tuple[str, ...] = EMBEDDED
-    field: str = "text"
-    tokenizer: str = "sentencepiece"
-    vocab_size: int = 4096
-    boundary: bool = True
-    held_out: float = 0.1
-    packing: str = "split"
-    truncate: bool = False
-    max_epochs: int = 8
-    bad_documents: Literal["refuse", "drop"] = "refuse"
-    altered_documents: Literal["refuse", "accept"] = "refuse"
-    max_document_bytes: int = 2**28
-    cache: str | None = None
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        names = (self.source,) if isinstance(self.source, str) else self.source
-        if not names or not all(names):
-            raise ConfigError("data.source", "is empty", f'give a file, a directory or a glob, or "{EMBEDDED}"')
-        if not self.field:
-            raise ConfigError("data.field", "is empty", 'give the field that holds the text, such as "text"')
-        if self.tokenizer not in tokenizers.NAMES and not tokenizers.is_path(self.tokenizer):
-            near = difflib.get_close_matches(self.tokenizer, tokenizers.NAMES, n=1)
-            known = f"give {', '.join(tokenizers.NAMES)} or the path of a tokenizer"
-            raise ConfigError(
-                "data.tokenizer", f"{self.tokenizer!r} is unknown", f"did you mean {near[0]}?" if near else known
-            )
-        if self.tokenizer == "sentencepiece" and not SMALLEST_VOCABULARY <= self.vocab_size <= 2**20:
-            remedy = f"give {SMALLEST_VOCABULARY} to {2**20}: 256 are for bytes"
-            raise ConfigError("data.vocab_size", f"{self.vocab_size} is no size of a vocabulary", remedy)
-        if not 0 <= self.held_out <= 0.5:  # false for NaN
-            raise ConfigError("data.held_out", f"{self.held_out} is no share to hold out", "give 0 (none) to 0.5")
-        if self.packing not in PACKINGS:
-            near = difflib.get_close_matches(self.packing, PACKINGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(PACKINGS)}"
-            raise ConfigError("data.packing", f"{self.packing!r} is unknown", hint)
-        if self.truncate and self.packing == "split":
-            problem = 'goes with data.packing = "best_fit" or "first_fit": "split" leaves nothing out'
-            raise ConfigError("data.truncate", problem)
-        if self.bad_documents not in ("refuse", "drop"):
-            raise ConfigError("data.bad_documents", f"{self.bad_documents!r} is unknown", "give refuse or drop")
-        if self.altered_documents not in ("refuse", "accept"):
-            raise ConfigError(
-                "data.altered_documents", f"{self.altered_documents!r} is unknown", "give refuse or accept"
-            )
-        for name in ("max_epochs", "max_document_bytes", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}", f"{getattr(self, name)} is too small", "give 1 or more")
-
-    @property
-    def policy(self) -> Policy:
-        return Policy(self.field, self.bad_documents, self.max_document_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,19 +30,21 @@ class TextSet:
       bytes_per_target: bytes of UTF-8 for each target, for bits per byte: loss / ln 2 / bytes_per_target.
     """
 
-    store: Store
-    plan: Plan
+    store: TokenReader
+    plan: Rows
     bytes_per_target: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A source, ready to train on.
+    """Text, ready to train on.
 
     Attributes:
       tokenizer: what made the tokens; `tokenizer.vocab_size` is the smallest vocabulary of a model for them.
       train: rows in random order, epoch after epoch.
       held_out: rows in order, or None where `data.held_out` is 0.
+      test: rows in order, or None where `data.test` is 0.
+      held_out_by_source: of a mixture, what is held out of each source.
       data: a fingerprint of the tokens: source, tokenizer, settings.
       description: a line for a person.
       notes: more lines: what was dropped, passed over or altered. Show them.
@@ -140,6 +54,8 @@ class Prepared:
     tokenizer: Tokenizer
     train: TextSet
     held_out: TextSet | None
+    test: TextSet | None
+    held_out_by_source: Mapping[str, TextSet]
     data: str
     description: str
     notes: tuple[str, ...]
@@ -148,6 +64,11 @@ class Prepared:
     def fingerprint(self) -> str:
         """Of what row `n` is: `data`, the rows' length, and the seed."""
         return self.train.plan.fingerprint
+
+    def consumed(self, rows: int) -> dict[str, int]:
+        """How many of the first rows are of each source of a mixture; empty without one."""
+        plan = self.train.plan
+        return plan.consumed(rows) if isinstance(plan, Mixture) else {}
 
     def check_epochs(self, rows: int) -> None:
         """Refuses a run that would read its source too often.
@@ -159,7 +80,9 @@ class Prepared:
           ConfigError: names how many passes that is.
         """
         plan, most = self.train.plan, self.config.max_epochs
-        if rows > most * plan.rows_per_epoch:
+        if isinstance(plan, Mixture):
+            mixture.check_epochs(self.config.mixture, plan, rows, most)
+        elif rows > most * plan.rows_per_epoch:
             passes = rows / plan.rows_per_epoch
             raise ConfigError(
                 "data.max_epochs",
@@ -179,20 +102,32 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
     Raises:
       UserError: for a source that cannot be used; says which file and line.
     """
-    files = find_files(config.source)
-    directory = _entry(config, files, config.held_out, None)
-    store, tokenizer = Store(directory), tokenizers.load(directory)
-    _check_altered(store.manifest, config, files.label)
-    held = _text_set(store, "held_out", length, None, files.label) if config.held_out > 0 else None
-    train = _text_set(store, "train", length, seed, files.label, config)
+    tokenizer, opened = open_sources(config)
+    sets = {
+        name: {side: _text_set(one, side, length) for side in _sides(one, config)}
+        | {"train": _train_set(one, length, seed, config, tokenizer)}
+        for name, one in opened.items()
+    }
+    notes = [(name, note) for name, one in opened.items() for note in _notes(one, tokenizer, config)]
+    notes += [(name, note) for name, of in sets.items() for note in _packed(of["train"].plan)]
+    by_side = {side: {name: of[side] for name, of in sets.items() if side in of} for side in SIDES}
+    if config.mixture:
+        train = _mixed(config, by_side["train"], opened, seed)
+        shares = train.plan.way.removeprefix(", ")
+        description = f"{len(opened)} sources, vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {shares}"
+        notes = [(name, _describe(one, tokenizer)) for name, one in opened.items()] + notes
+    else:
+        train, description = sets[""]["train"], _describe(opened[""], tokenizer)
     return Prepared(
         config=config,
         tokenizer=tokenizer,
         train=train,
-        held_out=held,
-        data=directory.name,
-        description=_describe(files.label, store.manifest, tokenizer),
-        notes=(*_notes(store.manifest, files.ignored, tokenizer, config), *_packed(train.plan)),
+        held_out=_together(by_side["held_out"], opened),
+        test=_together(by_side["test"], opened),
+        held_out_by_source=by_side["held_out"] if config.mixture else {},
+        data=opened[""].content if not config.mixture else cache.digest(*(one.content for one in opened.values())),
+        description=description,
+        notes=tuple(f"{name}: {note}" if name else note for name, note in notes),
     )
 
 
@@ -211,94 +146,124 @@ def prepare_evaluation(
     Raises:
       UserError: for a source that cannot be used, and for text that the tokenizer cannot encode.
     """
-    files = find_files(source, key)
-    store = Store(_entry(config, files, 0.0, tokenizer))
-    _check_altered(store.manifest, config, files.label)
-    for note in _notes(store.manifest, files.ignored, tokenizer, None):
-        print(f"{files.label}: {note}", file=sys.stderr)
-    return _text_set(store, "train", length, None, files.label)
+    plain = dataclasses.replace(config, mixture={}, source=source, held_out=0.0, test=0.0)
+    one = open_source(plain, tokenizer, key)
+    for note in _notes(one, tokenizer, None):
+        print(f"{one.label}: {note}", file=sys.stderr)
+    return _text_set(one, "train", length)
 
 
-# ----------------------------------------------------------------------------------------------------------- the cache
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _entry(config: DataConfig, files: Files, share: float, tokenizer: Tokenizer | None) -> Path:
-    """The cache entry of some files, its name a hash of all that decides its content; built where it is not there.
-
-    Args:
-      share: of the documents, to hold out.
-      tokenizer: None for the one that the config asks for.
-    """
-    root = cache.cache_root(config.cache)
-    contents = cache.content_hashes(files.paths, root)
-    if tokenizer is None and config.tokenizer not in tokenizers.NAMES:
-        tokenizer = tokenizers.open_path(config.tokenizer, config.boundary)
-    trained = config.vocab_size if config.tokenizer == "sentencepiece" else None
-    settings = {
-        "format": FORMAT,
-        "contents": [f"{path.suffix.lower()} {h}" for path, h in zip(files.paths, contents, strict=True)],
-        "policy": dataclasses.asdict(config.policy),
-        "held_out": share,
-        "tokenizer": tokenizer.fingerprint if tokenizer else [config.tokenizer, config.boundary, trained],
-    }
-
-    def build(directory: Path) -> None:
-        corpus = Corpus(files, config.policy, share)
-        tokenise(corpus, tokenizer or _learn(config, corpus), directory, altered=config.altered_documents)
-
-    return cache.entry(root, cache.digest(json.dumps(settings, sort_keys=True)), build, whole)
+def _sides(one: Opened, config: DataConfig) -> list[str]:
+    """What a config holds out of a source; of a corpus in shards, what was held out when it was prepared."""
+    if isinstance(one.tokens, Shards):
+        return [side for side in ("held_out", "test") if one.has(side) and (config.held_out or side == "test")]
+    return [side for side, share in (("held_out", config.held_out), ("test", config.test)) if share]
 
 
-def _check_altered(manifest: dict[str, Any], config: DataConfig, label: str) -> None:
-    """Refuses tokens that were made while altered documents were accepted, where they are not."""
-    if config.altered_documents == "refuse" and manifest["documents"]["altered"]:
-        raise altered_document(label, manifest.get("altered", "some document does not come back"))
-
-
-def _learn(config: DataConfig, corpus: Corpus) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return tokenizers.Bytes(config.boundary)
-    if config.tokenizer == "characters":
-        return tokenizers.Characters(corpus.characters(), config.boundary)
-    return tokenizers.train_sentencepiece(corpus.sample(SAMPLE), config.vocab_size, config.boundary)
+def _train_set(one: Opened, length: int, seed: int, config: DataConfig, tokenizer: Tokenizer) -> TextSet:
+    """Rows to train on, as the config says."""
+    fim = _fim(config, tokenizer, seed)
+    return _text_set(one, "train", length, seed, fim, packing=config.packing, truncate=config.truncate)
 
 
 def _text_set(
-    store: Store, side: str, length: int, seed: int | None, label: str, config: DataConfig | None = None
+    one: Opened, side: str, length: int, seed: int | None = None, fim: FillInTheMiddle | None = None, **packed: Any
 ) -> TextSet:
-    """Rows of a side of a store, packed as the config says; without one, as evaluation wants them: all of the text."""
-    documents = np.flatnonzero(store.held_out if side == "held_out" else ~store.held_out)
-    packed: dict[str, Any] = {"packing": config.packing, "truncate": config.truncate} if config else {}
-    lengths, content = store.lengths[documents], store.directory.name
+    """Rows of a side of a source; without more words in order, split, all of the text."""
+    plan: Rows
+    reader: TokenReader
     try:
-        plan = Plan(documents, lengths, length=length, seed=seed, content=content, **packed)
+        if isinstance(one.tokens, Shards):
+            plan = ShardedPlan(one.tokens, side, fim, one.root, length=length, seed=seed, **packed)
+            reader = one.tokens.reader(fim)
+        else:
+            plan = plan_of(one.tokens, side, fim, length=length, seed=seed, content=one.content, **packed)
+            reader = one.tokens if fim is None else FimReader(fim, one.tokens, one.tokens.lengths)
     except UserError as error:
-        what = "what is held out" if side == "held_out" else "the text"
-        raise UserError(f"{label}: {what} is too short: {error}") from None
-    return TextSet(store, plan, store.manifest["predicted_bytes"][side] / store.manifest["targets"][side])
+        what = {"train": "the text", "held_out": "what is held out", "test": "what is kept for the test"}[side]
+        raise UserError(f"{one.label}: {what} is too short: {error}") from None
+    counted = one.tokens.manifest
+    return TextSet(reader, plan, counted["predicted_bytes"][side] / counted["targets"][side])
+
+
+def _fim(config: DataConfig, tokenizer: Tokenizer, seed: int) -> FillInTheMiddle | None:
+    """How documents are rewritten, with the tokenizer's special tokens; None where they are not.
+
+    Raises:
+      ConfigError: where the tokenizer has not all of them.
+    """
+    if not config.fim_rate:
+        return None
+    missing = [name for name in config.fim_tokens if name not in tokenizer.special]
+    if missing:
+        there = ", ".join(list(tokenizer.special)[:8]) or "none"
+        raise ConfigError(
+            "data.fim_tokens",
+            f"the tokenizer has no special token {missing[0]!r}; it has {there}",
+            "name those that it has, or train one with them: launch.train_tokenizer --special=..",
+        )
+    prefix, suffix, middle = (tokenizer.special[name] for name in config.fim_tokens)
+    edge = 0 if tokenizer.boundary is None else 1
+    return FillInTheMiddle(config.fim_rate, config.fim_spm_rate, prefix, suffix, middle, edge, seed)
+
+
+def _mixed(config: DataConfig, sets: Mapping[str, TextSet], opened: Mapping[str, Opened], seed: int) -> TextSet:
+    """The rows of a mixture."""
+    plans = {name: one.plan for name, one in sets.items()}
+    documents = {name: opened[name].tokens.manifest["documents"]["train"] for name in plans}
+    stages = mixture.stages_of(config.mixture, plans, documents if config.weights_by == "documents" else None)
+    sizes = [opened[name].size for name in plans]
+    plan = Mixture(list(plans), list(plans.values()), sizes, stages, seed)
+    return TextSet(_joined(sets, sizes), plan, _mean_bytes(sets))
+
+
+def _together(sets: Mapping[str, TextSet], opened: Mapping[str, Opened]) -> TextSet | None:
+    """All of a side of all sources, in order; None where there is nothing of it."""
+    if not sets:
+        return None
+    if len(sets) == 1:
+        return next(iter(sets.values()))
+    sizes = [opened[name].size for name in sets]
+    plan = mixture.side_by_side(list(sets), [one.plan for one in sets.values()], sizes)
+    return TextSet(_joined(sets, sizes), plan, _mean_bytes(sets))
+
+
+def _joined(sets: Mapping[str, TextSet], sizes: list[int]) -> Joined:
+    return Joined(sizes, [one.store for one in sets.values()].__getitem__)
+
+
+def _mean_bytes(sets: Mapping[str, TextSet]) -> float:
+    pairs = [one.plan.pairs for one in sets.values()]
+    return sum(n * one.bytes_per_target for n, one in zip(pairs, sets.values(), strict=True)) / sum(pairs)
 
 
 # ------------------------------------------------------------------------------------------------------- for the reader
 
 
-def _describe(label: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> str:
+def _describe(one: Opened, tokenizer: Tokenizer) -> str:
+    manifest = one.tokens.manifest
     documents, tokens = manifest["documents"], manifest["tokens"]
     line = (
-        f"{_amount(sum(manifest['bytes'].values()))}B of {label}: {_count(documents['train'], 'document')}, "
+        f"{_amount(sum(manifest['bytes'].values()))}B of {one.label}: {_count(documents['train'], 'document')}, "
         f"{_amount(tokens['train'])}tokens, vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"
     )
     if documents["held_out"]:
         line += f"; held out {_count(documents['held_out'], 'document')}, {_amount(tokens['held_out'])}tokens"
+    if documents.get("test"):
+        line += f"; for the test {_count(documents['test'], 'document')}, {_amount(tokens['test'])}tokens"
     return line
 
 
-def _notes(manifest: dict[str, Any], ignored: int, tokenizer: Tokenizer, config: DataConfig | None) -> tuple[str, ...]:
-    notes = []
+def _notes(one: Opened, tokenizer: Tokenizer, config: DataConfig | None) -> tuple[str, ...]:
+    manifest, notes = one.tokens.manifest, []
     if manifest["dropped"]:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
         notes.append(f"left out: {reasons}")
-    if ignored:
-        notes.append(f"passed over {_count(ignored, 'file')} of other kinds than {', '.join(SUFFIXES)}")
+    if one.ignored:
+        notes.append(f"passed over {_count(one.ignored, 'file')} of other kinds than {', '.join(SUFFIXES)}")
     if altered := manifest["documents"]["altered"]:
         notes.append(
             f"the tokenizer does not give {_count(altered, 'document')} back unchanged; "
@@ -313,11 +278,13 @@ def _notes(manifest: dict[str, Any], ignored: int, tokenizer: Tokenizer, config:
     return tuple(notes)
 
 
-def _packed(plan: Plan) -> list[str]:
-    if plan.packing == "split":
+def _packed(plan: Rows) -> list[str]:
+    if not plan.way:
         return []
     share = plan.pairs / (plan.rows_per_epoch * plan.length)
-    notes = [f"packed by {plan.packing}: {_count(plan.rows_per_epoch, 'row')} an epoch, {share:.1%} full"]
+    way = plan.way.removeprefix(", ")
+    packed = "" if way.startswith("fill") else "packed by "
+    notes = [f"{packed}{way}: {_count(plan.rows_per_epoch, 'row')} an epoch, {share:.1%} full"]
     if plan.left_out:
         total = plan.pairs + plan.left_out
         notes.append(f"truncated: {plan.left_out:,} of {total:,} tokens are beyond their row and never trained on")

@@ -30,10 +30,12 @@ _NOT_EMBEDDED = {"site-packages", "dist-packages", "__pycache__", "test", "tests
 
 
 class Document(NamedTuple):
-    """A text and where it stands: the file, and the line or row where a file holds several."""
+    """A text; where it stands: the file, and the line or row where a file holds several; and how many characters at its
+    beginning are a prompt."""
 
     text: str
     origin: str
+    prompt: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Policy:
 
     Attributes:
       field: the field of a `.jsonl` line or the column of a `.parquet` file that holds the text.
+      prompt: the field or column of a prompt that stands before that text; None for none.
       bad: "refuse" (a `UserError` at the first) or "drop" (left out and counted) for what cannot be a document.
       max_bytes: the most bytes of UTF-8 that a document may have.
     """
@@ -64,6 +67,12 @@ class Policy:
     field: str = "text"
     bad: str = "refuse"
     max_bytes: int = 2**28
+    prompt: str | None = None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """By config key, what is read of a record."""
+        return ({} if self.prompt is None else {"prompt_field": self.prompt}) | {"field": self.field}
 
 
 # ------------------------------------------------------------------------------------------------------ finding files
@@ -181,10 +190,15 @@ class Reader:
                 raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def _text(self, path: Path) -> Iterator[Document]:
+        if self.policy.prompt is not None:
+            raise UserError(
+                f"{path}: a file of text has no field {self.policy.prompt!r} for a prompt (data.prompt_field)\n"
+                "give prompts in .jsonl or .parquet files"
+            )
         if path.stat().st_size > self.policy.max_bytes:  # before it is read: it may not fit into memory
             self._bad("too large", str(path), self._too_large(path.stat().st_size))
             return
-        yield from self._document(path.read_bytes(), str(path))
+        yield from self._document([path.read_bytes()], str(path))
 
     def _jsonl(self, path: Path) -> Iterator[Document]:
         # JSON may write a character as \uXXXX, and a line has other fields: this only keeps memory bounded.
@@ -202,7 +216,6 @@ class Reader:
                     yield from self._json_line(line, origin)
 
     def _json_line(self, line: bytes, origin: str) -> Iterator[Document]:
-        field = self.policy.field
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -212,11 +225,12 @@ class Reader:
         else:
             if not isinstance(record, dict):
                 self._bad("not an object", origin, f"is {type(record).__name__}, not an object with fields")
-            elif field not in record:
+            elif missing := [(key, field) for key, field in self.policy.fields.items() if field not in record]:
                 fields = ", ".join(list(record)[:8]) or "none"
-                self._bad("no such field", origin, f"has no field {field!r} (data.field); it has {fields}")
+                key, field = missing[0]
+                self._bad("no such field", origin, f"has no field {field!r} (data.{key}); it has {fields}")
             else:
-                yield from self._document(record[field], origin)
+                yield from self._document([record[field] for field in self.policy.fields.values()], origin)
 
     def _parquet(self, path: Path) -> Iterator[Document]:
         import pyarrow as pa  # takes a third of a second, and only these files need it
@@ -226,28 +240,32 @@ class Reader:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 self._check_column(path, file.schema_arrow, pa)
                 row = 0
-                for batch in file.iter_batches(batch_size=256, columns=[self.policy.field]):
-                    for value in batch.column(0).cast(pa.large_binary()):
+                for batch in file.iter_batches(batch_size=256, columns=list(self.policy.fields.values())):
+                    columns = [batch.column(field).cast(pa.large_binary()) for field in self.policy.fields.values()]
+                    for values in zip(*columns, strict=True):
                         row += 1
-                        yield from self._document(value.as_py(), f"{path} row {row}")
+                        yield from self._document([value.as_py() for value in values], f"{path} row {row}")
         except (pa.ArrowException, EOFError) as error:
             raise UserError(f"{path}: is no parquet file, or is damaged: {str(error).splitlines()[0][:200]}") from error
 
     def _check_column(self, path: Path, schema: Any, pa: Any) -> None:
-        field = self.policy.field
-        if field not in schema.names:
-            columns = ", ".join(schema.names[:8])
-            raise UserError(f"{path}: has no column {field!r}\nset data.field to one of its columns: {columns}")
-        kind = schema.field(field).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f"{path}: column {field!r} holds {kind}, not text\nset data.field to a column of text")
+        for key, field in self.policy.fields.items():
+            if field not in schema.names:
+                columns = ", ".join(schema.names[:8])
+                raise UserError(f"{path}: has no column {field!r}\nset data.{key} to one of its columns: {columns}")
+            kind = schema.field(field).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                raise UserError(f"{path}: column {field!r} holds {kind}, not text\nset data.{key} to a column of text")
 
-    def _document(self, value: Any, origin: str) -> Iterator[Document]:
-        """One document of what a file holds: bytes of UTF-8, a `str`, or anything else, which is wrong."""
-        if not isinstance(value, str | bytes):
-            self._bad("not text", origin, f"holds {type(value).__name__} in {self.policy.field!r}, not text")
-            return
+    def _document(self, values: list[Any], origin: str) -> Iterator[Document]:
+        """One document of what a file holds in the policy's fields: bytes of UTF-8, a `str`, or anything else, which is
+        wrong."""
+        for value, field in zip(values, self.policy.fields.values(), strict=True):
+            if not isinstance(value, str | bytes):
+                self._bad("not text", origin, f"holds {type(value).__name__} in {field!r}, not text")
+                return
+        value = values[0] if len(values) == 1 else type(values[0])().join(values)
         try:
             text = value.decode("utf-8") if isinstance(value, bytes) else value
             size = len(value) if isinstance(value, bytes) else len(value.encode("utf-8"))
@@ -258,10 +276,14 @@ class Reader:
         else:
             if size > self.policy.max_bytes:
                 self._bad("too large", origin, self._too_large(size))
-            elif size == 0:
+            elif not values[-1]:
                 self.dropped["empty"] += 1
             else:
-                yield Document(text, origin)
+                yield Document(text, origin, self._characters(values[0]) if len(values) > 1 else 0)
+
+    @staticmethod
+    def _characters(value: str | bytes) -> int:
+        return len(value.decode("utf-8") if isinstance(value, bytes) else value)
 
     def _too_large(self, size: int) -> str:
         return f"has {size:,} bytes or more; data.max_document_bytes is {self.policy.max_bytes:,}"

@@ -6,10 +6,8 @@ records a document has follows from its length. ArrayRecord checks a sum of ever
 
 from __future__ import annotations
 
-import collections
 import json
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,19 @@ from lm_jax.errors import UserError
 
 CHUNK = 8192  # tokens a record: 12-20 us a read on one core, small or whole (x86, NVMe)
 SHARD = 2**16  # records a file: at most 1 GiB of 16-bit ids
-KEEP = 2**28  # bytes of records that stay in memory once they were read: all of a small source
+KEEP = 2**28  # bytes of tokens up to which what was read stays in memory
 MANIFEST, DOCUMENTS = "manifest.json", "documents.npz"
 
 # One record a chunk, not compressed: a row reads a few records from anywhere, and decompressing would take longer than
 # reading.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+def spread(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first, first + 1, .., so many of each, one after the other: `[sum(counts)]`."""
+    ends = np.cumsum(counts)
+    return np.repeat(firsts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def shard_name(number: int) -> str:
@@ -73,10 +77,26 @@ class Writer:
         except RuntimeError as error:  # what it throws for a full disk as well
             raise OSError(0, str(error).splitlines()[0]) from error
 
-    def finish(self, held_out: np.ndarray, manifest: dict[str, Any]) -> None:
-        """Writes which documents are held out `[documents]` bool, and what there is to know about the store."""
+    def finish(
+        self,
+        held_out: np.ndarray,
+        manifest: dict[str, Any],
+        *,
+        test: np.ndarray | None = None,
+        prompts: np.ndarray | None = None,
+    ) -> None:
+        """Writes what there is to know about the store.
+
+        Args:
+          held_out: `[documents]` bool.
+          manifest: plain values.
+          test: `[documents]` bool, which are for the test; None: none.
+          prompts: `[documents]`, how many tokens at the beginning are a prompt; None: none anywhere.
+        """
         self._close()
-        np.savez(self.directory / DOCUMENTS, lengths=np.array(self.lengths, np.int64), held_out=held_out)
+        arrays: dict[str, Any] = {"lengths": np.array(self.lengths, np.int64), "held_out": held_out}
+        arrays |= {name: x for name, x in (("test", test), ("prompts", prompts)) if x is not None}
+        np.savez(self.directory / DOCUMENTS, **arrays)
         names = [*map(shard_name, range(self.shards)), DOCUMENTS]
         sizes = {name: (self.directory / name).stat().st_size for name in names}
         record = {**manifest, "dtype": self.dtype.str, "vocab_size": self.vocab_size, "files": sizes}
@@ -97,7 +117,8 @@ class Store:
 
     Attributes:
       lengths: `[documents]` int64, tokens of each.
-      held_out: `[documents]` bool.
+      held_out, test: `[documents]` bool.
+      prompts: `[documents]` int64, tokens at the beginning that are a prompt.
       manifest: what the writer was told, plain values.
     """
 
@@ -106,52 +127,68 @@ class Store:
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
         with np.load(directory / DOCUMENTS, allow_pickle=False) as arrays:
             self.lengths, self.held_out = arrays["lengths"], arrays["held_out"]
+            self.test = arrays["test"] if "test" in arrays else np.zeros_like(self.held_out)
+            self.prompts = arrays["prompts"] if "prompts" in arrays else np.zeros_like(self.lengths)
         self._dtype = np.dtype(self.manifest["dtype"])
         records = -(-self.lengths // CHUNK)
         self._first = np.cumsum(records) - records
         self._readers: dict[int, Any] = {}
-        self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
+        total = int(self.lengths.sum())
+        small = total * self._dtype.itemsize <= KEEP
+        self._kept = np.empty(total, self._dtype) if small else None  # memory that is not touched is not taken
+        if small:
+            self._there = np.zeros(int(records.sum()), bool)
+            sizes = self._sizes(np.arange(len(self._there)))
+            self._places = np.cumsum(sizes) - sizes
 
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        """For each (document, start, stop), its tokens [start, stop).
+    def documents(self, side: str) -> np.ndarray:
+        """The numbers of the documents on a side: "train", "held_out" or "test"."""
+        sides = {"train": ~(self.held_out | self.test), "held_out": self.held_out, "test": self.test}
+        return np.flatnonzero(sides[side])
+
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """The tokens [start, stop) of each document, one after the other.
+
+        Args: `[pieces]` each; no piece is empty.
 
         Raises:
           UserError: where a file is damaged.
         """
-        spans = []
-        for document, start, stop in ranges:
-            first = int(self._first[document])
-            spans.append((first + start // CHUNK, first + (stop - 1) // CHUNK + 1))
-        wanted = sorted({record for first, end in spans for record in range(first, end)})
-        chunks = self._records(wanted)
-        out = []
-        for (_, start, stop), (first, end) in zip(ranges, spans, strict=True):
-            parts = [chunks[record] for record in range(first, end)]
-            ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            skip = start // CHUNK * CHUNK
-            out.append(ids[start - skip : stop - skip])
-        return out
+        first = self._first[documents] + starts // CHUNK
+        counts = (stops - 1) // CHUNK + 1 - starts // CHUNK
+        records = spread(first, counts)
+        if self._kept is None:
+            wanted, place = np.unique(records, return_inverse=True)
+            tokens, sizes = self._fetch(wanted), self._sizes(wanted)
+            at = np.cumsum(sizes) - sizes
+            # The records of a piece stand together, so its first one says where it is.
+            begins = at[place[np.cumsum(counts) - counts]]
+        else:
+            missing = np.unique(records[~self._there[records]])
+            if len(missing):
+                self._kept[spread(self._places[missing], self._sizes(missing))] = self._fetch(missing)
+                self._there[missing] = True  # after the tokens: another thread may ask meanwhile
+            tokens, begins = self._kept, self._places[first]
+        return tokens[spread(begins + starts % CHUNK, stops - starts)]
 
-    def _records(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        kept = self._kept
-        chunks = {record: kept[record] for record in wanted if record in kept}
-        by_shard: dict[int, list[int]] = collections.defaultdict(list)
-        for record in wanted:
-            if record not in chunks:
-                by_shard[record // SHARD].append(record)
-        for shard, records in by_shard.items():
+    def _sizes(self, records: np.ndarray) -> np.ndarray:
+        """The tokens of each record."""
+        documents = np.searchsorted(self._first, records, side="right") - 1
+        return np.minimum(self.lengths[documents] - (records - self._first[documents]) * CHUNK, CHUNK)
+
+    def _fetch(self, records: np.ndarray) -> np.ndarray:
+        """The tokens of records in increasing order, one after the other."""
+        parts = []
+        for shard in np.unique(records // SHARD).tolist():
+            numbers = records[records // SHARD == shard] % SHARD
             try:
-                found = self._reader(shard).read([r % SHARD for r in records])
+                parts += self._reader(shard).read(numbers.tolist())
             except (RuntimeError, IndexError, ValueError) as error:
                 path = self.directory / shard_name(shard)
                 problem = str(error).splitlines()[0][:200]
                 raise UserError(f"{path} is damaged: {problem}\ndelete {self.directory}") from error
-            fresh = {r: np.frombuffer(data, self._dtype) for r, data in zip(records, found, strict=True)}
-            chunks |= fresh
-            if len(kept) * CHUNK * self._dtype.itemsize < KEEP:
-                kept |= fresh
-        return chunks
+        return np.frombuffer(b"".join(parts), self._dtype)
 
     def _reader(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader

@@ -129,19 +129,30 @@ class RunLog:
         self._since = time.perf_counter()
         self._pace.rest()
 
-    def evaluation(self, step: int, rows: int, results: Mapping[str, tuple[float, int, float]]) -> None:
+    def evaluation(
+        self,
+        step: int,
+        rows: int,
+        results: Mapping[str, tuple[float, int, float]],
+        consumed: Mapping[str, int] | None = None,
+    ) -> None:
         """Writes an evaluation.
 
         Args:
           results: by the set's name (empty for the held-out text): the sum of its loss in nats, targets, bytes a
             target.
+          consumed: rows trained on so far of each source of a mixture.
         """
         values: dict[str, float] = {}
         for name, (nats, targets, bytes_per_target) in results.items():
             values |= evaluation_values(nats, targets, round(targets * bytes_per_target), name=name)
-        self.writer.write({"step": step, "tokens": rows * self._length, **values}, kind="evaluation")
+        taken = {f"{name}_tokens": n * self._length for name, n in (consumed or {}).items()}
+        self.writer.write({"step": step, "tokens": rows * self._length, **taken, **values}, kind="evaluation")
         losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith(("eval_loss", "bits_per_byte")))
         self.say(f"step {step}: {losses}")
+        if rows and consumed:
+            shares = ", ".join(f"{name} {n * self._length:,} ({n / rows:.1%})" for name, n in consumed.items())
+            self.say(f"step {step}: tokens of {shares}")
         if self._report is not None:
             self._report.update(self.writer.history)
 

@@ -83,7 +83,7 @@ def train(
         trace = stack.enter_context(StepTrace(directory, profile, log.say))
 
         def evaluate() -> None:
-            log.evaluation(step, rows, _evaluate(program, state, sets))
+            log.evaluation(step, rows, _evaluate(program, state, sets), data.consumed(rows))
             if step > 0:
                 _sample(program, state, data, log, step)
 
@@ -147,7 +147,10 @@ def _about(program: Program, data: Prepared) -> list[str]:
 def _evaluation_sets(config: RunConfig, data: Prepared) -> dict[str, TextSet]:
     """The held-out text (under the empty name) and the further sets of the config, by name."""
     _prompt(config, data)  # a mistake in it shows before anything compiles
-    sets = {} if data.held_out is None else {"": data.held_out}
+    sets = {} if data.held_out is None else {"": data.held_out, **data.held_out_by_source}
+    if twice := sorted(set(config.evaluation.sets) & set(data.held_out_by_source)):
+        problem = "is also a source of data.mixture, whose held-out text is evaluated under that name"
+        raise ConfigError(f"evaluation.sets.{twice[0]}", problem, "give it another name")
     for name, source in config.evaluation.sets.items():
         sets[name] = prepare_evaluation(
             config.data, data.tokenizer, source, length=config.train.length, key=f"evaluation.sets.{name}"

@@ -170,7 +170,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], accept: Iterable[str
     differ = {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
     refused = [n for n in differ if n not in accept]
     if refused:
-        said = "; ".join(f"{n}: {_clip(differ[n][0])} in the checkpoint, {_clip(differ[n][1])} now" for n in refused)
+        shown = {n: _where_they_differ(*map(str, differ[n])) for n in refused}
+        said = "; ".join(f"{n}: {a} in the checkpoint, {b} now" for n, (a, b) in shown.items())
         names_text = ", ".join(f'"{n}"' for n in refused)
         raise UserError(
             f"the checkpoint belongs to a run with another {' and '.join(refused)}\n{said}\n"
@@ -188,6 +189,15 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], accept: Iterable[str
 def _clip(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _where_they_differ(a: str, b: str) -> tuple[str, str]:
+    """Two texts, cut to the part where they are first different."""
+    pairs = enumerate(zip(a, b, strict=False))
+    at = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    begin = at - 20 if at > 30 and max(len(a), len(b)) > 60 else 0
+    first, second = ("..." * bool(begin) + _clip(text[begin:]) for text in (a, b))
+    return first, second
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

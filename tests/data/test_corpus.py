@@ -16,6 +16,7 @@ from lm_jax.data.sources import Policy, find_files
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers import Bytes, Characters, Tokenizer, train_sentencepiece
 from lm_jax.errors import UserError
+from tests.support.rows import read
 
 
 def corpus(path: Path, texts: list[str], share: float = 0.1, **policy: Any) -> Corpus:
@@ -62,7 +63,7 @@ def test_of_a_single_document_the_end_is_held_out(tmp_path: Path) -> None:
     assert made.held_out.tolist() == [False, True] and made.sizes.tolist() == [900, 100]
     assert made.sample(50) == [text[:50]] and made.characters() == set(text)
     store = stored(made, Bytes(False), tmp_path / "store")
-    assert [ids.tolist() for ids in store.read([(0, 0, 900), (1, 0, 100)])] == [
+    assert [ids.tolist() for ids in read(store, [(0, 0, 900), (1, 0, 100)])] == [
         list(text[:900].encode()),
         list(text[900:].encode()),
     ]
@@ -84,7 +85,7 @@ def test_a_vocabulary_is_learnt_from_what_is_trained_on(tmp_path: Path) -> None:
 
 def test_boundaries_stand_before_and_after_every_document(tmp_path: Path) -> None:
     store = stored(corpus(tmp_path, ["ab", "c", "żd"], 0), Bytes(), tmp_path / "store")
-    assert [r.tolist() for r in store.read([(0, 0, 4), (1, 0, 3), (2, 0, 5)])] == [
+    assert [r.tolist() for r in read(store, [(0, 0, 4), (1, 0, 3), (2, 0, 5)])] == [
         [256, 97, 98, 256],
         [256, 99, 256],
         [256, 0xC5, 0xBC, 100, 256],

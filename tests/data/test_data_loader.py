@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,8 +22,8 @@ class Numbers:
     def __init__(self) -> None:
         self.rows_read = 0
 
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        return [np.arange(start, stop) + 100 * d for d, start, stop in ranges]
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.arange(a, b) + 100 * d for d, a, b in zip(documents, starts, stops, strict=True)])
 
 
 def plan(seed: int | None = 0, length: int = 8) -> Plan:
@@ -65,11 +64,11 @@ def test_an_end_is_filled_with_padding(mesh: jax.sharding.Mesh) -> None:
 
 def test_an_error_of_a_reader_reaches_the_loop(mesh: jax.sharding.Mesh) -> None:
     class Broken(Numbers):
-        def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
             self.rows_read += 1
             if self.rows_read > 3:
                 raise OSError("the disk is gone")
-            return super().read(ranges)
+            return super().read(documents, starts, stops)
 
     with (
         Batches(plan(), Broken(), mesh, batch_size=2, threads=1) as batches,
@@ -112,7 +111,7 @@ from lm_jax.data.loader import Batches, batch_hash
 from lm_jax.data.packing import Plan, read_rows
 from lm_jax.sharding import MeshConfig, make_mesh
 class Numbers:
-    def read(self, ranges): return [np.arange(a, b) + 100 * d for d, a, b in ranges]
+    def read(self, *ranges): return np.concatenate([np.arange(a, b) + 100 * d for d, a, b in zip(*ranges)])
 plan = Plan(np.arange(9), np.arange(5, 50, 5), length=8, seed=0)
 expected = read_rows(plan, Numbers(), range(8, 16))
 hashes = set()
@@ -145,19 +144,20 @@ import sys, jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from lm_jax.data.loader import Batches, batch_hash
 from lm_jax.data.packing import Plan, read_rows
+from tests.support.rows import row
 from lm_jax.sharding import MeshConfig, make_mesh
 read = set()
 class Numbers:
-    def read(self, ranges):
-        read.update(ranges)
-        return [np.arange(a, b) + 100 * d for d, a, b in ranges]
+    def read(self, *ranges):
+        read.update(zip(*(values.tolist() for values in ranges)))
+        return np.concatenate([np.arange(a, b) + 100 * d for d, a, b in zip(*ranges)])
 plan = Plan(np.arange(9), np.arange(5, 50, 5), length=8, seed=0)
 mesh = make_mesh(MeshConfig(data=2, sequence=2))
 assert len(mesh.local_devices) == 2
 with jax.set_mesh(mesh):
     with Batches(plan, Numbers(), mesh, batch_size=4, stop=8) as batches:
         got = list(batches)
-    mine = {(p.document, p.start, p.stop + 1) for r in range(8) if r % 4 // 2 == int(sys.argv[2]) for p in plan.row(r)}
+    mine = {(p.document, p.start, p.stop + 1) for r in range(8) if r % 4 // 2 == int(sys.argv[2]) for p in row(plan, r)}
     assert read == mine, (read, mine)
     for step, batch in enumerate(got):
         expected = read_rows(plan, Numbers(), range(4 * step, 4 * step + 4))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lm_jax.data import pipeline, sources
+from lm_jax.data import opened, sources
 from lm_jax.data.packing import read_rows
 from lm_jax.data.pipeline import DataConfig, Prepared, prepare, prepare_evaluation
 from lm_jax.data.store import shard_name
@@ -108,7 +108,7 @@ def test_the_second_start_takes_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     def never(*_: Any) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(pipeline, "tokenise", never)
+    monkeypatch.setattr(opened, "tokenise", never)
     again = ready(tmp_path, tokenizer="sentencepiece", vocab_size=300)
     assert again.fingerprint == first.fingerprint and again.description == first.description
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint

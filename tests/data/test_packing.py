@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lm_jax.data.bins import best_fit, first_fit
 from lm_jax.data.packing import Plan, read_rows
 from lm_jax.errors import UserError
+from tests.support.rows import row
 
 STRIDE = 1000  # token i of document d is d * STRIDE + i: a token says where it stands
 
@@ -23,10 +24,12 @@ class Numbered:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
 
-    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        for document, start, stop in ranges:
+    def read(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        parts = []
+        for document, start, stop in zip(documents.tolist(), starts.tolist(), stops.tolist(), strict=True):
             assert 0 <= start < stop <= self.lengths[document]
-        return [np.arange(start, stop, dtype=np.int32) + document * STRIDE for document, start, stop in ranges]
+            parts.append(np.arange(start, stop, dtype=np.int32) + document * STRIDE)
+        return np.concatenate(parts)
 
 
 def make(lengths: Sequence[int], length: int, seed: int | None = 0, **packed: Any) -> Plan:
@@ -109,14 +112,14 @@ def test_epochs_and_seeds_differ_and_a_single_document_is_cut_elsewhere() -> Non
     assert len(set(map(frozenset, starts))) == 4
     assert len({plan._epoch(e).offset for e in range(20)}) > 10
     many = make([30] * 200, length)
-    assert many.row(0) != make([30] * 200, length, seed=1).row(0)
+    assert row(many, 0) != row(make([30] * 200, length, seed=1), 0)
     assert many._epoch(0).order.tolist() != many._epoch(1).order.tolist() != list(range(200))
 
 
 def test_the_order_is_written_down() -> None:
     """Fixed by arithmetic of our own: the same on every machine and version."""
     plan = make([5, 9, 2, 7], 4, seed=3)
-    assert [plan.row(n) for n in range(5)] == [
+    assert [row(plan, n) for n in range(5)] == [
         [(1, 6, 8), (3, 0, 1)],
         [(3, 5, 6), (0, 0, 3)],
         [(3, 1, 5)],
@@ -162,7 +165,7 @@ def test_a_plan_of_many_documents() -> None:
     lengths = np.random.default_rng(0).integers(2, 50_000, 300_000)
     plan = Plan(np.arange(300_000), lengths, length=2048, seed=0)
     assert plan.pairs == int((lengths - 1).sum()) > 2**32
-    assert sum(p.stop - p.start for n in range(50) for p in plan.row(n)) == 50 * 2048
+    assert sum(p.stop - p.start for n in range(50) for p in row(plan, n)) == 50 * 2048
 
 
 # ------------------------------------------------------------------------------------------------- best fit, first fit
@@ -181,7 +184,7 @@ def test_fitted_rows_have_every_pair_once_and_cut_no_document_that_fits(
         mask = batch["loss_mask"]
         assert sorted(batch["tokens"][mask].tolist()) == everything
         assert (batch["targets"][mask] == batch["tokens"][mask] + 1).all()
-        pieces = [piece for n in rows for piece in plan.row(n)]
+        pieces = [piece for n in rows for piece in row(plan, n)]
         for d, n in enumerate(lengths):
             sizes = [p.stop - p.start for p in pieces if p.document == d]
             full, rest = divmod(n - 1, length)
@@ -194,7 +197,7 @@ def test_truncated_documents_are_one_piece_and_what_is_left_out_is_counted(
     lengths: list[int], length: int, seed: int | None, packing: str
 ) -> None:
     plan = make(lengths, length, seed, packing=packing, truncate=True)
-    pieces = sorted(piece for n in range(plan.rows_per_epoch) for piece in plan.row(n))
+    pieces = sorted(piece for n in range(plan.rows_per_epoch) for piece in row(plan, n))
     assert pieces == [(d, 0, min(n - 1, length)) for d, n in enumerate(lengths) if n > 1]
     assert plan.left_out == sum(max(0, n - 1 - length) for n in lengths)
     assert plan.pairs + plan.left_out == sum(n - 1 for n in lengths if n > 1)
@@ -226,7 +229,7 @@ def test_bins_are_the_textbook_s(sizes: list[int], capacity: int) -> None:
 
 def test_long_documents_are_cut_elsewhere_in_another_epoch() -> None:
     plan = make([1000], length=64, packing="best_fit")
-    cuts = {tuple(sorted(p.start for n in range(16 * e, 16 * e + 16) for p in plan.row(n))) for e in range(20)}
+    cuts = {tuple(sorted(p.start for n in range(16 * e, 16 * e + 16) for p in row(plan, n))) for e in range(20)}
     assert plan.rows_per_epoch == 16 and len(cuts) > 8
 
 
@@ -237,4 +240,4 @@ def test_a_large_corpus_fills_its_rows() -> None:
     for packing in ("best_fit", "first_fit"):
         plan = Plan(np.arange(len(lengths)), lengths, length=2048, seed=0, packing=packing)
         assert plan.pairs / (plan.rows_per_epoch * 2048) > 0.99
-        assert sum(p.stop - p.start for p in plan.row(5)) <= 2048
+        assert sum(p.stop - p.start for p in row(plan, 5)) <= 2048

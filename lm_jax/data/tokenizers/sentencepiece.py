@@ -137,7 +137,9 @@ class SentencePiece(Tokenizer):
         return {DESCRIPTION: description, MODEL: self.model}
 
 
-def train_sentencepiece(texts: Sequence[str], vocab_size: int, boundary: bool) -> SentencePiece:
+def train_sentencepiece(
+    texts: Sequence[str], vocab_size: int, boundary: bool, special: Sequence[str] = ()
+) -> SentencePiece:
     """A byte-pair model (Sennrich et al. 2016) of these texts that gives every text back exactly.
 
     No normalisation, no space put in front, every space and line end kept; what is not among its pieces is spelt in
@@ -148,11 +150,13 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, boundary: bool) -
       texts: the sample to learn from.
       vocab_size: how many ids, bytes and boundary included; at least 300.
       boundary: whether there is an id for it.
+      special: further tokens, which no text spells.
 
     Raises:
       UserError: where there is nothing to learn from.
     """
-    return SentencePiece(train_model(texts, vocab_size, "bpe", eos_id=1 if boundary else -1), boundary)
+    options: dict[str, Any] = {"control_symbols": list(special), "others": len(special)} if special else {}
+    return SentencePiece(train_model(texts, vocab_size, "bpe", eos_id=1 if boundary else -1, **options), boundary)
 
 
 def train_model(
