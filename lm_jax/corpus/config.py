@@ -10,7 +10,7 @@ from typing import Literal
 from lm_jax.corpus.minhash import PERMUTATIONS
 from lm_jax.corpus.rules import RULES
 from lm_jax.data import tokenizers
-from lm_jax.data.pipeline import SMALLEST_VOCABULARY
+from lm_jax.data.config import SMALLEST_VOCABULARY
 from lm_jax.errors import ConfigError
 
 

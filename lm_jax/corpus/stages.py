@@ -36,7 +36,7 @@ from lm_jax.corpus.ledger import Ledger
 from lm_jax.corpus.rules import RULES, Document, Dropped
 from lm_jax.data import tokenizers
 from lm_jax.data.corpus import hold_out, text_hash, write_tokens
-from lm_jax.data.pipeline import SAMPLE
+from lm_jax.data.opened import SAMPLE
 from lm_jax.data.sources import Document as Sourced
 from lm_jax.errors import UserError
 
