@@ -96,7 +96,7 @@ def unicode(document: Document, c: CleaningConfig) -> str | Dropped:
 
 # ----------------------------------------------------------------------------------------------------------- language
 
-_WINDOW, _WINDOWS = 400, 3  # characters that are looked at: at the start, in the middle, at the end
+_WINDOW, _WINDOWS = 200, 3  # characters that are looked at: at the start, in the middle, at the end
 
 
 @functools.cache

@@ -42,6 +42,7 @@ def codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
+_ASSIGNED = 0x40000  # behind it there are no letters, digits or spaces in any version of Unicode
 _NEITHER, _PART, _ALONE = 0, 1, 2  # of a code point: not in a word, part of one, one by itself
 
 
@@ -49,7 +50,8 @@ _NEITHER, _PART, _ALONE = 0, 1, 2  # of a code point: not in a word, part of one
 def _classes(kind: str) -> np.ndarray:
     """For each code point what it is in words of a kind: "space", "alnum", or (part or not) "alpha"."""
     method = getattr(str, f"is{kind}")
-    every = np.fromiter((method(chr(c)) for c in range(sys.maxunicode + 1)), np.uint8, sys.maxunicode + 1)
+    every = np.zeros(sys.maxunicode + 1, np.uint8)
+    every[:_ASSIGNED] = np.fromiter((method(chr(c)) for c in range(_ASSIGNED)), np.uint8, _ASSIGNED)
     if kind == "space":
         return 1 - every
     if kind == "alnum":

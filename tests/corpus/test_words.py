@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -92,3 +93,8 @@ def test_a_batch_has_the_words_of_each_text(texts: list[str]) -> None:
         part, alone = slice(offsets[number], offsets[number + 1]), W.normalised(text)
         for a, b in zip(found, alone, strict=True):
             assert a[part].tolist() == b.tolist()
+
+
+def test_no_character_of_a_word_is_out_of_sight() -> None:
+    beyond = map(chr, range(W._ASSIGNED, sys.maxunicode + 1))
+    assert not any(c.isalnum() or c.isspace() for c in beyond)
