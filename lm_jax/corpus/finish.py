@@ -20,7 +20,7 @@ from lm_jax.data.tokenizers import load
 from lm_jax.errors import UserError
 
 FORMAT = 2  # of the manifest of a folder of shards
-_SUMMED = ("documents", "tokens", "targets", "bytes", "predicted_bytes")
+_SUMMED = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
 _CLUSTERS, _MEMBERS = 6, 3  # that the page shows
 
 

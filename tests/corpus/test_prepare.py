@@ -29,7 +29,8 @@ from lm_jax.corpus.config import (
     WorkConfig,
 )
 from lm_jax.corpus.ledger import Ledger
-from lm_jax.data import tokenizers
+from lm_jax.data import pipeline, tokenizers
+from lm_jax.data.config import DataConfig
 from lm_jax.data.corpus import hold_out, text_hash
 from lm_jax.data.store import Store, whole
 from lm_jax.errors import UserError
@@ -122,21 +123,29 @@ def ledger(plan: folders.Plan) -> Ledger:
 def test_the_folder_is_as_its_reader_expects_it(prepared: folders.Plan) -> None:
     manifest = json.loads((prepared.out / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "shards", "documents", "tokens", "targets", "bytes", "predicted_bytes", "vocab_size", "dtype"
+        "format", "shards", "documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes", "vocab_size", "dtype"
     }  # fmt: skip
     assert manifest["format"] == 2 and len(manifest["shards"]) > 2
     assert manifest["shards"] == [f"shard-{i:05d}" for i in range(len(manifest["shards"]))]
     tokenizer = tokenizers.load(prepared.out)
     assert manifest["vocab_size"] == tokenizer.vocab_size and manifest["dtype"] == "<u2"
-    sums: dict[str, dict[str, int]] = {}
+    keys = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
+    sums: dict[str, dict[str, int]] = {key: {} for key in keys}
     for name in manifest["shards"]:
         assert whole(prepared.out / name)
         for key, counts in Store(prepared.out / name).manifest.items():
-            if key in ("documents", "tokens", "targets", "bytes", "predicted_bytes"):
+            if key in sums:
                 for side, n in counts.items():
-                    sums.setdefault(key, {}).setdefault(side, 0)
-                    sums[key][side] += n
+                    sums[key][side] = sums[key].get(side, 0) + n
     assert sums == {key: manifest[key] for key in sums}
+
+
+def test_a_run_trains_on_the_folder(prepared: folders.Plan) -> None:
+    found = pipeline.prepare(DataConfig(source=str(prepared.out)), length=64, seed=0)
+    manifest = json.loads((prepared.out / "manifest.json").read_text())
+    assert found.tokenizer.vocab_size == manifest["vocab_size"]
+    assert found.train.plan.pairs == manifest["targets"]["train"]
+    assert found.held_out is not None and found.held_out.plan.pairs == manifest["targets"]["held_out"]
 
 
 def test_the_tokens_are_those_of_the_documents_that_are_kept(prepared: folders.Plan) -> None:
