@@ -122,14 +122,12 @@ def ledger(plan: folders.Plan) -> Ledger:
 
 def test_the_folder_is_as_its_reader_expects_it(prepared: folders.Plan) -> None:
     manifest = json.loads((prepared.out / "manifest.json").read_text())
-    assert set(manifest) == {
-        "format", "shards", "documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes", "vocab_size", "dtype"
-    }  # fmt: skip
+    keys = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
+    assert set(manifest) == {"format", "shards", *keys, "vocab_size", "dtype"}
     assert manifest["format"] == 2 and len(manifest["shards"]) > 2
     assert manifest["shards"] == [f"shard-{i:05d}" for i in range(len(manifest["shards"]))]
     tokenizer = tokenizers.load(prepared.out)
     assert manifest["vocab_size"] == tokenizer.vocab_size and manifest["dtype"] == "<u2"
-    keys = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
     sums: dict[str, dict[str, int]] = {key: {} for key in keys}
     for name in manifest["shards"]:
         assert whole(prepared.out / name)
