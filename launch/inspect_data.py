@@ -17,6 +17,12 @@ from launch import cli
 FLAGS = flags.FlagValues()
 STEP = flags.DEFINE_integer("step", 1, "the training step, from 1", lower_bound=1, flag_values=FLAGS)
 ROWS = flags.DEFINE_integer("rows", 4, "how many of its rows", lower_bound=1, flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "a run of this config: which rows its step had, whatever batch sizes it went through",
+    flag_values=FLAGS,
+)
 HTML = flags.DEFINE_string("html", None, "write a page to this file instead", flag_values=FLAGS)
 
 
@@ -30,12 +36,15 @@ def main(config: ConfigDict) -> int:
 
     run = build(RunConfig, config)
     train = run.train
-    if STEP.value > train.total_steps:
+    if WORKDIR.value is None and STEP.value > train.total_steps:
         raise UserError(f"--step={STEP.value} is beyond the run's {train.total_steps:,} steps")
     prepared = prepare(run.data, length=train.length, seed=train.seed)
-    prepared.check_epochs(train.total_steps * train.batch_size)
-    first = (STEP.value - 1) * train.batch_size
-    numbers = range(first, first + min(ROWS.value, train.batch_size))
+    if WORKDIR.value is None:
+        prepared.check_epochs(train.total_steps * train.batch_size)
+        first, stop = (STEP.value - 1) * train.batch_size, STEP.value * train.batch_size
+    else:
+        first, stop = _rows_of_step(WORKDIR.value, STEP.value, train.length)
+    numbers = range(first, min(first + ROWS.value, stop))
     plan, store = prepared.train.plan, prepared.train.store
     rows = rows_of(
         read_rows(plan, store, list(numbers)), plan, numbers, prepared.tokenizer, run.data.prompt_field is not None
@@ -54,6 +63,24 @@ def main(config: ConfigDict) -> int:
         print(about)
         print(terminal(rows, color=sys.stdout.isatty()))
     return 0
+
+
+def _rows_of_step(workdir: str, step: int, length: int) -> tuple[int, int]:
+    """The rows [first, stop) of a step that a run has taken, by its records.
+
+    Raises:
+      UserError: where it has not taken it.
+    """
+    from lm_jax.errors import UserError
+    from lm_jax.paths import run_path
+    from lm_jax.training.metrics import FILE, read_metrics
+
+    records = read_metrics(run_path(workdir) / FILE)
+    rows = {r["step"]: r["tokens"] // length for r in records if r["kind"] == "step"}
+    if step not in rows or (step > 1 and step - 1 not in rows):
+        have = f"it has steps 1 to {max(rows)}" if rows else "it has none yet"
+        raise UserError(f"--step={step} is not among the steps of {workdir}: {have}")
+    return rows.get(step - 1, 0), rows[step]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 
 from lm_jax.data.bins import FITS
 from lm_jax.data.cache import digest
-from lm_jax.data.store import spread
+from lm_jax.data.store import spread, stretches
 from lm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -308,11 +308,10 @@ def read_rows(plan: Rows, store: TokenReader, rows: Sequence[int | None]) -> Bat
     counts = np.zeros(len(rows), np.int64)
     counts[asked] = pieces.counts
     ids = store.read(pieces.documents, pieces.starts, pieces.stops + 1)
-    inner = np.ones(len(ids), bool)  # all but the last token of each piece
-    inner[np.cumsum(sizes + 1) - 1] = False
+    ends = np.cumsum(sizes + 1)  # of each piece in `ids`: one token more than it has pairs
     values = {
-        "tokens": ids[inner],
-        "targets": ids[1:][inner[:-1]],
+        "tokens": stretches(ids, ends - sizes - 1, ends - 1),
+        "targets": stretches(ids, ends - sizes, ends),
         "segment_ids": np.repeat(spread(np.zeros(len(counts), np.int32), counts), sizes),
         "positions": spread(np.zeros(len(sizes), np.int32), sizes),
     }
@@ -332,10 +331,12 @@ def _in_rows(values: dict[str, np.ndarray], filled: np.ndarray, length: int) -> 
         batch = {name: x.astype(np.int32, copy=False).reshape(-1, length) for name, x in values.items()}
         return batch | {"loss_mask": np.ones((len(filled), length), bool)}
     batch = empty_batch(len(filled), length)
-    here = np.arange(length) < filled[:, None]
-    for name, x in values.items():
-        batch[name][here] = x
-    return batch | {"loss_mask": here}
+    ends = np.cumsum(filled).tolist()
+    for b, (end, n) in enumerate(zip(ends, filled.tolist(), strict=True)):
+        for name, x in values.items():
+            batch[name][b, :n] = x[end - n : end]
+        batch["loss_mask"][b, :n] = True
+    return batch
 
 
 def by_group(groups: np.ndarray, of_group: Callable[[int, np.ndarray], Pieces]) -> Pieces:

@@ -27,9 +27,18 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def spread(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first, first + 1, .., so many of each, one after the other: `[sum(counts)]`."""
+    """first, first + 1, .., so many of each, one after the other: `[sum(counts)]`, of the dtype of `firsts`."""
     ends = np.cumsum(counts)
-    return np.repeat(firsts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+    out = np.arange(ends[-1] if len(ends) else 0, dtype=firsts.dtype)
+    out += np.repeat((firsts - (ends - counts)).astype(firsts.dtype), counts)
+    return out
+
+
+def stretches(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The parts [begin, end) of an array, one after the other: for parts of hundreds far faster than an index."""
+    if not len(begins):
+        return values[:0]
+    return np.concatenate([values[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
 
 
 def shard_name(number: int) -> str:
@@ -170,7 +179,8 @@ class Store:
                 self._kept[spread(self._places[missing], self._sizes(missing))] = self._fetch(missing)
                 self._there[missing] = True  # after the tokens: another thread may ask meanwhile
             tokens, begins = self._kept, self._places[first]
-        return tokens[spread(begins + starts % CHUNK, stops - starts)]
+        begins = begins + starts % CHUNK
+        return stretches(tokens, begins, begins + stops - starts)
 
     def _sizes(self, records: np.ndarray) -> np.ndarray:
         """The tokens of each record."""

@@ -63,6 +63,10 @@ def test_a_mixture_is_trained_on_resumed_and_tested(config: Path, tmp_path: Path
     assert held["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-5) and tested["targets"] != held["targets"] > 0
     shown = run_module("launch.inspect_data", command[0], "--step=3", "--rows=8")
     assert "before them 2 of code, 6 of prose" in shown.stdout and "prose, document" in shown.stdout
+    shown = run_module("launch.inspect_data", command[0], f"--workdir={run}", "--step=42", "--rows=9")
+    assert "step 42: rows 168 on" in shown.stdout and shown.stdout.count("row ") == 8  # 40 steps of 4, then of 8
+    shown = run_module("launch.inspect_data", command[0], f"--workdir={run}", "--step=99", check=False)
+    assert shown.returncode == 2 and "it has steps 1 to 60" in shown.stderr
 
 
 def test_a_cap_that_would_be_reached_ends_the_run_before_it_starts(config: Path, tmp_path: Path) -> None:
