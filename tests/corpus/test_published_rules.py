@@ -189,3 +189,28 @@ def test_c4_takes_citations_out_and_counts_sentences() -> None:
         "The cat sat on it. The dog did not.\nAnd the bird flew away then."
     )
     assert c4("Only two sentences are here. This is the second.")[1] == "fewer than 3 sentences"
+
+
+def test_the_limits_are_those_of_the_paper_as_datatrove_has_them() -> None:
+    """Table A1 and the numbers of appendix A1.1, copied by other people."""
+    theirs = GopherRepetitionFilter()
+    assert (theirs.dup_line_frac, theirs.dup_para_frac) == (gopher.LINES, gopher.PARAGRAPHS)
+    assert (theirs.dup_line_char_frac, theirs.dup_para_char_frac) == (
+        gopher.LINE_CHARACTERS,
+        gopher.PARAGRAPH_CHARACTERS,
+    )
+    assert (theirs.top_n_grams, theirs.dup_n_grams) == (gopher.TOP_NGRAMS, gopher.DUPLICATE_NGRAMS)
+    quality = GopherQualityFilter()
+    assert quality.stop_words == gopher.STOP_WORDS
+    limits = {
+        "min_words": quality.min_doc_words,
+        "max_words": quality.max_doc_words,
+        "min_word_length": quality.min_avg_word_length,
+        "max_word_length": quality.max_avg_word_length,
+        "max_symbols": quality.max_symbol_word_ratio,
+        "max_bullet_lines": quality.max_bullet_lines_ratio,
+        "max_ellipsis_lines": quality.max_ellipsis_lines_ratio,
+        "min_alphabetic_words": quality.max_non_alpha_words_ratio,
+        "min_stop_words": quality.min_stop_words,
+    }
+    assert limits == {name: getattr(C, name) for name in limits}
