@@ -1,7 +1,7 @@
 """Which documents repeat others: exactly, or nearly by their signatures. The first of a cluster is kept.
 
-Signatures, bands and digests lie on the disk, some 700 bytes a document; what is in memory for each document is one
-label, one status and what a bucket of band hashes takes: 26 bytes a document at most, whatever their texts' length.
+Signatures, bands and digests lie on the disk, some 700 bytes a document. In memory are 14 bytes a document, whatever the
+length of its text, and what a bucket of hashes takes: 0.36 GB (measured at 4 to 32 million documents).
 A cluster is a connected component of pairs that are alike: its ends may be less alike than the threshold.
 
 N is documents, all parts' in order; E pairs.
@@ -18,6 +18,7 @@ from lm_jax.corpus import minhash
 
 KEPT, EXACT, NEAR = 0, 1, 2
 BUCKET = 2**22  # documents whose hashes are sorted at a time
+MOST_BUCKETS = 16  # each is a pass over all hashes
 LAGS = 12  # neighbours in a group of equal bands with which each is compared; and with the group's first
 PAIRS = 2**15  # that are compared at a time: their signatures take 32 MB
 
@@ -123,18 +124,17 @@ def find(
             for a, b in _candidates([part[band] for part in bands], found.status, total):
                 _compare(a, b, rows, least, forest, found)
             advance(1 / steps)
-        every = np.arange(total, dtype=np.int64)
-        for start in range(0, total, BUCKET):
-            forest.roots(every[start : start + BUCKET])
-        repeats = (forest.parent != every) & (found.status == KEPT)
-        found.status[repeats] = NEAR
+    for start in range(0, total, BUCKET):
+        some = np.arange(start, min(start + BUCKET, total))
+        status = found.status[start : start + BUCKET]
+        status[(forest.roots(some) != some) & (status == KEPT)] = NEAR
     found.first = forest.parent
     return found
 
 
 def _numbered(arrays: Sequence[np.ndarray], total: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(keys, numbers of their documents), a bucket of keys at a time: those that are equal are in one bucket."""
-    count = -(-total // BUCKET) or 1
+    count = min(-(-total // BUCKET), MOST_BUCKETS) or 1
     for bucket in range(count):
         keys, numbers = [], []
         offset = 0
