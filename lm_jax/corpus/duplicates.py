@@ -1,7 +1,7 @@
 """Which documents repeat others: exactly, or nearly by their signatures. The first of a cluster is kept.
 
-Signatures, bands and digests lie on the disk, some 700 bytes a document. In memory are 14 bytes a document, whatever the
-length of its text, and what a bucket of hashes takes: 0.36 GB (measured at 4 to 32 million documents).
+Signatures, bands and digests lie on the disk, some 700 bytes a document. In memory are 14 bytes a document, whatever
+the length of its text, and what a bucket of hashes takes: 0.36 GB (measured at 4 to 32 million documents).
 A cluster is a connected component of pairs that are alike: its ends may be less alike than the threshold.
 
 N is documents, all parts' in order; E pairs.
