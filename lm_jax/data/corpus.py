@@ -6,7 +6,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_jax.data.progress import Progress
 from lm_jax.data.sources import Document, Files, Policy, Reader
 from lm_jax.data.store import Writer
 from lm_jax.data.tokenizers import Tokenizer
+from lm_jax.data.tokenizers.tokenizer import ignore
 from lm_jax.errors import UserError
 
 SIDES = ("train", "held_out", "test")
@@ -46,7 +48,7 @@ class Corpus:
         found = []
         with Progress("reading documents", sum(p.stat().st_size for p in files.paths if p.exists())) as progress:
             for document in reader:
-                found.append((_hash(document.text), len(document.text)))
+                found.append((text_hash(document.text), len(document.text)))
                 progress.advance(found[-1][0][1])
         self._hashes = np.array([h for (h, _), _ in found], np.uint64)
         self.sizes = np.array([size for (_, size), _ in found], np.int64)
@@ -93,7 +95,7 @@ class Corpus:
         """
         count = 0
         for document in Reader(self.files, self.policy):
-            if count >= len(self._hashes) or _hash(document.text)[0] != self._hashes[count]:
+            if count >= len(self._hashes) or text_hash(document.text)[0] != self._hashes[count]:
                 raise UserError(
                     f"{document.origin}: changed while it was being read\nstart again when nothing writes to it"
                 )
@@ -131,7 +133,7 @@ class Corpus:
         return found
 
 
-def _hash(text: str) -> tuple[int, int]:
+def text_hash(text: str) -> tuple[int, int]:
     """A text's hash, 64 bits, and its size in bytes."""
     data = text.encode("utf-8")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"), len(data)
@@ -195,28 +197,67 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, altered: 
     Raises:
       UserError: names the file of a text that the tokenizer cannot encode, or does not give back.
     """
-    writer = Writer(directory, tokenizer.vocab_size)
-    job = _Job(writer, corpus.policy.bad, altered == "refuse", collections.Counter(corpus.dropped))
     with Progress("tokenising", corpus.length) as progress:
         sides = np.where(corpus.test, 2, corpus.held_out.astype(int)).tolist()
-        for batch in _batches(zip(corpus, sides, corpus.sizes.tolist(), strict=True)):
-            _tokenise_batch(batch, _encode(batch, tokenizer, progress), tokenizer, job)
+        write_tokens(
+            zip(corpus, sides, corpus.sizes.tolist(), strict=True),
+            tokenizer,
+            directory,
+            bad=corpus.policy.bad,
+            altered=altered,
+            dropped=corpus.dropped,
+            with_test=bool(corpus.test.any()),
+            advance=progress.advance,
+        )
     tokenizer.save(directory)
-    sides = np.array(job.sides, np.int8)
-    prompts = np.array(job.prompts, np.int64)
+
+
+Entry = tuple[Document, int, int]  # a document, its side in `SIDES`, its size in bytes
+
+
+def write_tokens(
+    entries: Iterable[Entry],
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    bad: str,
+    altered: str,
+    dropped: Mapping[str, int] = types.MappingProxyType({}),
+    with_test: bool = False,
+    advance: Callable[[int], None] = ignore,
+) -> dict[str, Any]:
+    """Writes the ids of documents as a store, without the tokenizer's own files.
+
+    Args:
+      entries: the documents.
+      tokenizer: what makes ids of them.
+      directory: of the store.
+      bad: "refuse" or "drop" for a document that spells the boundary.
+      altered: "refuse" stops at the first document that the ids do not give back, "accept" counts them.
+      dropped: what was left out before, by reason.
+      with_test: whether the store tells which documents are on the side "test".
+      advance: is told how many more characters are done.
+
+    Returns:
+      What the manifest says of documents, tokens and bytes.
+
+    Raises:
+      UserError: names the origin of a text that the tokenizer cannot encode, or does not give back.
+    """
+    writer = Writer(directory, tokenizer.vocab_size)
+    job = _Job(writer, bad, altered == "refuse", collections.Counter(dropped))
+    for batch in _batches(entries):
+        _tokenise_batch(batch, _encode(batch, tokenizer, advance), tokenizer, job)
+    manifest = _manifest(job)
+    sides, prompts = np.array(job.sides, np.int8), np.array(job.prompts, np.int64)
     writer.finish(
-        sides == 1,
-        _manifest(job),
-        test=sides == 2 if corpus.test.any() else None,
-        prompts=prompts if prompts.any() else None,
+        sides == 1, manifest, test=sides == 2 if with_test else None, prompts=prompts if prompts.any() else None
     )
+    return manifest
 
 
-_Entry = tuple[Document, int, int]  # a document, its side in `SIDES`, its size in bytes
-
-
-def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    batch: list[_Entry] = []
+def _batches(documents: Iterable[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
     size = 0
     for entry in documents:
         batch.append(entry)
@@ -228,7 +269,7 @@ def _batches(documents: Iterable[_Entry]) -> Iterator[list[_Entry]]:
         yield batch
 
 
-def _tokenise_batch(batch: list[_Entry], encoded: list[list[np.ndarray]], tokenizer: Tokenizer, job: _Job) -> None:
+def _tokenise_batch(batch: list[Entry], encoded: list[list[np.ndarray]], tokenizer: Tokenizer, job: _Job) -> None:
     edge = [] if tokenizer.boundary is None else [np.array([tokenizer.boundary], np.int32)]
     for (document, side, size), parts in zip(batch, encoded, strict=True):
         inner = np.concatenate(parts)
@@ -276,13 +317,13 @@ def altered_document(origin: str, difference: str) -> UserError:
     )
 
 
-def _encode(batch: list[_Entry], tokenizer: Tokenizer, progress: Progress) -> list[list[np.ndarray]]:
+def _encode(batch: list[Entry], tokenizer: Tokenizer, advance: Callable[[int], None]) -> list[list[np.ndarray]]:
     """The ids of each document: of its prompt, where it has one, and of the rest, so that no token lies across."""
     texts = []
     for document, _, _ in batch:
         texts += [document.text[: document.prompt]] * bool(document.prompt) + [document.text[document.prompt :]]
     try:
-        encoded = iter(tokenizer.encode_batch(texts, progress.advance))
+        encoded = iter(tokenizer.encode_batch(texts, advance))
         return [[next(encoded) for _ in range(1 + bool(document.prompt))] for document, _, _ in batch]
     except UserError:
         for document, _, _ in batch:  # whose text was it?

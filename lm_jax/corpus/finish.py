@@ -1,0 +1,202 @@
+"""The last stage: one ledger of all parts, the page about it, the tokenizer beside the shards, and the manifest, which
+says that all of it is whole."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm_jax import paths
+from lm_jax.config import redact, to_dict
+from lm_jax.corpus import duplicates, folders, report
+from lm_jax.corpus.folders import Plan
+from lm_jax.corpus.ledger import Ledger, by_size, merged
+from lm_jax.data.store import MANIFEST
+from lm_jax.data.tokenizers import load
+from lm_jax.errors import UserError
+
+FORMAT = 2  # of the manifest of a folder of shards
+_SUMMED = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
+_CLUSTERS, _MEMBERS = 6, 3  # that the page shows
+
+
+def shard_names(plan: Plan) -> list[str | None]:
+    """The name of each part's shard; None where nothing of the part is left."""
+    kept = folders.read_record(plan.folder("duplicates", 0))[1]["told"]["kept"]
+    names: list[str | None] = []
+    for documents in kept:
+        number = sum(name is not None for name in names)
+        names.append(f"shard-{number:05d}" if documents else None)
+    return names
+
+
+def most_common_reasons(ledgers: Sequence[Ledger]) -> str:
+    """What took most documents, in a line."""
+    reasons = collections.Counter(
+        {
+            f"{reason} ({name})": documents
+            for name, step in merged(ledgers).steps.items()
+            for reason, documents, _ in by_size(step.dropped)
+        }
+    )
+    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common(4))
+    return f"left out: {listed}" if listed else "the sources are empty"
+
+
+def finish(plan: Plan, stages: Sequence[str]) -> None:
+    """Writes the report and, last, the manifest.
+
+    Args:
+      plan: of the work.
+      stages: that have ended, in order.
+
+    Raises:
+      UserError: where a shard of the manifest is not there: the folder was tampered with.
+    """
+    records: dict[str, list[tuple[Ledger, dict[str, Any]]]] = {}
+    for stage in stages:
+        tasks = sorted((plan.work / stage).glob("part-*"))
+        records[stage] = [folders.read_record(folder) for folder in tasks]
+    shards = [told["told"] for _, told in records["shards"] if told["told"]["shard"]]
+    manifest = _manifest(plan, shards)
+    ledger = merged(ledger for found in records.values() for ledger, _ in found)
+    _count_tokens(ledger, shards, manifest)
+    ledger.check()
+    found = report.Findings(
+        ledger=ledger,
+        manifest=manifest,
+        config=redact(to_dict(plan.config)),
+        files=_files(plan),
+        clusters=_clusters(plan),
+        tokenizer=records["tokenizer"][0][1]["told"],
+        evaluation_sets=records["index"][0][1]["told"]["sets"] if "index" in records else {},
+        compared=records["duplicates"][0][1]["told"],
+        timings={stage: _timing([told for _, told in records[stage]]) for stage in stages},
+        shards=[(shard["shard"], shard["manifest"]["documents"], shard["manifest"]["tokens"]) for shard in shards],
+    )
+    for name, data in report.write(found).items():
+        paths.write_bytes_atomic(paths.run_path(plan.out / name), data)
+    load(plan.folder("tokenizer", 0)).save(plan.out)
+    text = json.dumps(manifest, indent=1) + "\n"
+    paths.write_text_atomic(paths.run_path(plan.out / MANIFEST), text)
+
+
+def _manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = [shard["shard"] for shard in shards]
+    sums: dict[str, dict[str, int]] = {name: {} for name in _SUMMED}
+    values = {"vocab_size": 0, "dtype": ""}
+    for name in names:
+        try:
+            written = json.loads((plan.out / name / MANIFEST).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{plan.out / name} is not whole: {error}\ndelete {plan.out} and prepare it again"
+            ) from error
+        for key, counts in sums.items():
+            for side, n in written[key].items():
+                counts[side] = counts.get(side, 0) + n
+        values = {key: written[key] for key in values}
+    return {"format": FORMAT, "shards": names, **sums, **values}
+
+
+def _count_tokens(ledger: Ledger, shards: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    """The last step of the ledger, from what the shards' manifests say; tokens in are tokens out and dropped."""
+    before = list(ledger.steps.values())[-1]
+    step = ledger.step("tokenise")
+    step.documents_in, step.bytes_in = before.documents_out, before.bytes_out
+    step.documents_out = manifest["documents"]["train"] + manifest["documents"]["held_out"]
+    step.bytes_out = sum(manifest["bytes"].values())
+    reasons: collections.Counter[str] = collections.Counter()
+    for shard in shards:
+        reasons.update(shard["manifest"]["dropped"])
+    gone = step.bytes_in - step.bytes_out
+    for reason, documents in reasons.items():  # the bytes are known for all reasons together alone
+        step.dropped[reason] = [documents, gone]
+        gone = 0
+    tokens = manifest["tokens"]
+    if tokens["in"] != tokens["out"] + tokens["dropped"]:
+        raise RuntimeError(f"{tokens['in']} tokens in, but {tokens['out']} out and {tokens['dropped']} dropped")
+
+
+def _files(plan: Plan) -> dict[str, Any]:
+    kinds: dict[str, list[int]] = {}
+    for file in plan.files:
+        counts = kinds.setdefault(file.kind, [0, 0])
+        counts[0] += 1
+        counts[1] += file.size
+    return {"kinds": kinds, "ignored": plan.ignored, "parts": len(plan.parts)}
+
+
+def _timing(told: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {
+        "tasks": len(told),
+        "seconds": sum(t["seconds"] for t in told),
+        "processor": sum(t["processor"] for t in told),
+        "memory": max((t["memory"] for t in told), default=0),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ clusters
+
+
+def _clusters(plan: Plan) -> report.Clusters:
+    """How large clusters of duplicates are, and some members of the largest."""
+    folder = plan.folder("duplicates", 0)
+    first, status = np.load(folder / "first.npy", mmap_mode="r"), np.load(folder / "status.npy", mmap_mode="r")
+    repeats = np.flatnonzero(status != duplicates.KEPT)
+    heads, counts = np.unique(np.asarray(first[repeats]), return_counts=True)
+    sizes = counts + 1
+    bins, documents = np.unique(sizes, return_counts=True)
+    largest = np.argsort(-sizes, kind="stable")[:_CLUSTERS]
+    wanted: dict[int, list[int]] = {}
+    for head in heads[largest].tolist():
+        members = repeats[np.asarray(first[repeats]) == head]
+        near = members[np.asarray(status[members]) == duplicates.NEAR]  # more to be seen than in equal ones
+        wanted[head] = [head, *np.concatenate([near, members])[: _MEMBERS - 1].tolist()]
+    texts = _texts(plan, {number for members in wanted.values() for number in members})
+    examples = [
+        (int(size), [texts[number] for number in dict.fromkeys(wanted[head])])
+        for head, size in zip(heads[largest].tolist(), sizes[largest].tolist(), strict=True)
+    ]
+    return report.Clusters(dict(zip(bins.tolist(), documents.tolist(), strict=True)), examples)
+
+
+def _texts(plan: Plan, numbers: set[int]) -> dict[int, tuple[str, str]]:
+    """Origin and beginning of documents, by their number in all parts."""
+    found = {}
+    offset = 0
+    for task, array in enumerate(folders.arrays(plan, "sign", "sizes")):
+        here = {number - offset for number in numbers if offset <= number < offset + len(array)}
+        if here:
+            last = max(here)
+            for number, document in enumerate(folders.documents(plan.folder("sign", task))):
+                if number in here:
+                    found[number + offset] = (document.origin, document.text[: report.SHOWN])
+                if number == last:
+                    break
+        offset += len(array)
+    return found
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What a folder of shards holds, in a line."""
+    documents, tokens = manifest["documents"], manifest["tokens"]
+    held = f"; held out {documents['held_out']:,} documents, {tokens['held_out']:,} tokens" * bool(
+        documents["held_out"]
+    )
+    return (
+        f"{len(manifest['shards'])} shards: {documents['train']:,} documents, {tokens['train']:,} tokens, "
+        f"vocabulary {manifest['vocab_size']:,}{held}"
+    )
+
+
+def finished(plan: Plan) -> dict[str, Any] | None:
+    """The manifest, where all is done."""
+    try:
+        return dict(json.loads((plan.out / MANIFEST).read_bytes()))
+    except (OSError, ValueError):
+        return None

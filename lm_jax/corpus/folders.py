@@ -1,0 +1,230 @@
+"""Where the work lies, and how a part of it is done whole or not at all.
+
+Below the output's folder, `work/` has `plan.json` (the config and the parts), and a folder for each stage with a folder
+for each of its tasks. A task writes under another name, and renames when all of it is on the disk: what has its name is
+whole. Two processes that do the same task write the same, and the later one's is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_jax import paths
+from lm_jax.config import build, differences, to_dict
+from lm_jax.corpus.config import PrepareConfig
+from lm_jax.corpus.inputs import Found, Piece
+from lm_jax.corpus.ledger import Ledger
+from lm_jax.errors import UserError
+from lm_jax.paths import storage_errors
+
+FORMAT = 1  # of the folder `work`
+DOCUMENTS, RECORD = "documents.jsonl.zst", "record.json"
+_UNFINISHED = ".tmp-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is prepared.
+
+    Attributes:
+      out: the output's folder.
+      config: all that was asked for.
+      files: the raw files, as they were found.
+      parts: the pieces of each part.
+      ignored: files that were passed over, of unknown kinds.
+    """
+
+    out: Path
+    config: PrepareConfig
+    files: list[Found]
+    parts: list[list[Piece]]
+    ignored: int = 0
+
+    @property
+    def work(self) -> Path:
+        return self.out / "work"
+
+    @property
+    def part_bytes(self) -> list[int]:
+        return [sum(piece.size for piece in part) for part in self.parts]
+
+    def folder(self, stage: str, task: int) -> Path:
+        return self.work / stage / f"part-{task:05d}"
+
+
+def write_plan(plan: Plan) -> None:
+    """Writes the plan for those who work on it.
+
+    Raises:
+      UserError: where the folder has another plan: another config, or raw files that have changed since.
+    """
+    path = plan.work / "plan.json"
+    if path.exists():
+        _check_same(read_plan(plan.out), plan)
+        return
+    values = {
+        "format": FORMAT,
+        "config": to_dict(plan.config),
+        "files": [dataclasses.asdict(f) for f in plan.files],
+        "parts": [[dataclasses.asdict(piece) for piece in part] for part in plan.parts],
+        "ignored": plan.ignored,
+    }
+    paths.make_directory(paths.run_path(plan.work))
+    paths.write_text_atomic(paths.run_path(path), json.dumps(values, indent=1) + "\n")
+
+
+_REMEDY = "give another folder, or delete this one"
+
+
+def _check_same(old: Plan, new: Plan) -> None:
+    before, after = to_dict(old.config), to_dict(new.config)
+    for values in (before, after):  # how the work is divided over processes changes nothing
+        values["work"] = {"part_bytes": values["work"]["part_bytes"]}
+    changed = differences(before, after)
+    if changed:
+        raise UserError(f"{new.out} was begun with another config: {changed[0]}\n{_REMEDY}")
+    if old.files != new.files:
+        known = {f.path: f for f in old.files}
+        other = next((f.path for f in new.files if known.get(f.path) != f), "a file that is gone")
+        raise UserError(f"the raw files are not those that {new.out} was begun with: {other}\n{_REMEDY}")
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan of an output's folder.
+
+    Raises:
+      UserError: where there is none, or it is of another version.
+    """
+    path = out / "work" / "plan.json"
+    try:
+        return _read_plan(out, path, path.stat().st_mtime_ns)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)  # a worker asks for it with every task
+def _read_plan(out: Path, path: Path, changed: int) -> Plan:
+    values = json.loads(path.read_bytes())
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path} is of format {values.get('format')!r}; this version writes format {FORMAT}")
+    return Plan(
+        out,
+        build(PrepareConfig, values["config"]),
+        [Found(**f) for f in values["files"]],
+        [[Piece(**piece) for piece in part] for part in values["parts"]],
+        values["ignored"],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- whole folders
+
+
+@contextlib.contextmanager
+def whole(final: Path) -> Iterator[Path]:
+    """An empty folder to write into, that gets its name when the body is through and all of it is on the disk.
+
+    Raises:
+      StorageError: where it cannot be written.
+    """
+    temporary = final.with_name(f"{_UNFINISHED}{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with storage_errors("write", final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in temporary.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            paths.sync_directory(temporary)
+            try:
+                temporary.rename(final)
+            except OSError:
+                if not final.is_dir():  # else another process has done the same in the meantime
+                    raise
+            paths.sync_directory(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_unfinished(plan: Plan) -> None:
+    """Removes what killed processes have left behind. Only where no other process works on the folder."""
+    for parent in (plan.out, *(p for p in plan.work.glob("*") if p.is_dir())):
+        for left_behind in parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------- documents between stages
+
+
+@dataclasses.dataclass
+class Text:
+    """A document between stages: its text, where it came from, its language."""
+
+    text: str
+    origin: str
+    language: str
+
+    @functools.cached_property
+    def data(self) -> bytes:
+        return self.text.encode("utf-8")
+
+
+class Documents:
+    """Writes documents into a folder. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        import zstandard
+
+        self._file = (folder / DOCUMENTS).open("wb")
+        self._stream = zstandard.ZstdCompressor(level=1).stream_writer(self._file)
+
+    def write(self, document: Text) -> None:
+        line = json.dumps([document.text, document.origin, document.language], ensure_ascii=False)
+        self._stream.write(line.encode("utf-8") + b"\n")
+
+    def __enter__(self) -> Documents:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+        self._file.close()
+
+
+def documents(folder: Path) -> Iterator[Text]:
+    """The documents of a folder, in order."""
+    import zstandard
+
+    with (folder / DOCUMENTS).open("rb") as file:
+        reader = zstandard.ZstdDecompressor().stream_reader(file)
+        for line in io.BufferedReader(reader, 2**20):  # type: ignore[type-var]
+            yield Text(*json.loads(line))
+
+
+def write_record(folder: Path, ledger: Ledger, **more: Any) -> None:
+    """What a task has to tell: its ledger, and plain values."""
+    (folder / RECORD).write_text(json.dumps({"ledger": ledger.to_json(), **more}) + "\n")
+
+
+def read_record(folder: Path) -> tuple[Ledger, dict[str, Any]]:
+    values = json.loads((folder / RECORD).read_bytes())
+    return Ledger.from_json(values.pop("ledger")), values
+
+
+def arrays(plan: Plan, stage: str, name: str) -> Iterable[np.ndarray]:
+    """The array that each task of a stage has left, one after another, mapped from the disk."""
+    for task in range(len(plan.parts)):
+        path = plan.folder(stage, task) / f"{name}.npy"
+        # An array without elements cannot be mapped.
+        array = np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
+        yield array

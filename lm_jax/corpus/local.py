@@ -1,0 +1,95 @@
+"""All stages on this machine, each task in one of several processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from lm_jax import paths
+from lm_jax.corpus import folders, stages
+from lm_jax.corpus.folders import Plan
+from lm_jax.data.progress import Progress
+from lm_jax.errors import Failure, UserError
+
+
+def run(plan: Plan, processes: int) -> None:
+    """Does what is not done yet of all stages.
+
+    Args:
+      plan: as `folders.write_plan` wrote it.
+      processes: how many tasks are worked on at a time.
+
+    Raises:
+      UserError: for raw files or settings that cannot be used.
+      Failure: where storage fails, or a worker is killed; the same command goes on from there.
+    """
+    with paths.lock(paths.run_path(plan.work)):
+        folders.clear_unfinished(plan)
+        # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            processes, context, initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool:
+            for stage in stages.stages_of(plan):
+                _run_stage(plan, stage, pool)
+
+
+def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> None:
+    tasks = stages.tasks_of(plan, stage)
+    weights = plan.part_bytes if stages.STAGES[stage].per_part else [1]
+    waiting = [task for task in range(tasks) if not plan.folder(stage, task).is_dir()]
+    with Progress(stages.STAGES[stage].doing, sum(weights[task] for task in waiting)) as progress:
+        futures = {pool.submit(_task, plan.out, stage, task): task for task in waiting}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                if said := future.result():
+                    raise said[0](said[1])
+                progress.advance(weights[futures[future]])
+        except BrokenProcessPool:
+            raise Failure(
+                f"a process that was {stages.STAGES[stage].doing} was killed, by lack of memory as a rule\n"
+                "the same command goes on where it was; --processes=1 needs the least memory"
+            ) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _task(out: Path, stage: str, task: int) -> tuple[type[UserError] | type[Failure], str] | None:
+    """`stages.run_task` in a worker. What it has to say to the user comes back as plain values: an exception whose
+    constructor takes other things than its text does not survive the way between processes."""
+    try:
+        stages.run_task(out, stage, task)
+    except UserError as error:
+        return UserError, str(error)
+    except Failure as error:
+        return Failure, str(error)
+    return None
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: ends it when the process that gives it work is gone, in whatever way."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def clear(plan: Plan) -> None:
+    """Removes what only the work needed: all but the plan. What was prepared is whole without it."""
+    for folder in sorted(plan.work.iterdir()):
+        if folder.is_dir():
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
