@@ -1,4 +1,5 @@
-"""Which shipped configs fit which slices: the table of docs/preflight.md, by `python -m benchmarks.what_fits`.
+"""Which shipped configs fit which slices: the table of docs/preflight.md, by `python -m benchmarks.what_fits`, or for
+some of its slices by `python -m benchmarks.what_fits v5e:4x4`.
 
 A config that does not fit as it is takes the nearest change that `costs.py` expects to fit. Needs libtpu, no TPU; some
 twenty seconds a cell on two idle cores.
@@ -18,8 +19,12 @@ from lm_jax.preflight.verdict import Verdict, preflight
 from lm_jax.training.memory import fitting, need
 from lm_jax.training.run import RunConfig
 
-MODELS = ("1b", "7b", "13b", "70b")
-SLICES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8")
+CELLS = {
+    "v5e:1x1": ("tiny", "shakespeare_char"),
+    "v5e:4x4": ("125m", "350m", "760m", "1b"),
+    "v6e:4x4": ("3b",),
+    **dict.fromkeys(("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8"), ("1b", "7b", "13b", "70b")),
+}
 
 
 def cell(model: str, target: Target) -> tuple[str, Verdict]:
@@ -42,8 +47,8 @@ def cell(model: str, target: Target) -> tuple[str, Verdict]:
 def main(argv: list[str]) -> int:
     print("| config | slice | with | fits | a device | costs.py | MFU | a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name in argv[1:] or SLICES:
-        for model in MODELS:
+    for name in argv[1:] or CELLS:
+        for model in CELLS[name]:
             try:
                 keys, found = cell(model, target_of(name))
             except UserError as e:

@@ -64,7 +64,7 @@ def main() -> int:
         if SOURCE.value is not None:
             text = prepare_evaluation(data, model.tokenizer, SOURCE.value, length=length, key="--source")
         else:
-            text = _own_text(data, model.tokenizer.fingerprint, SPLIT.value, length)
+            text = _own_text(data, model.data, SPLIT.value, length)
         eval_step = jax.jit(make_eval_step(next_token(model.config.model)))
         size, rows = BATCH_SIZE.value or train.batch_size, text.plan.rows_per_epoch
         with Batches(text.plan, text.store, mesh, batch_size=size, stop=rows) as batches:
@@ -78,7 +78,7 @@ def main() -> int:
     return 0
 
 
-def _own_text(data: Any, tokenizer: str, split: str | None, length: int) -> Any:
+def _own_text(data: Any, identity: str, split: str | None, length: int) -> Any:
     """What a run's own source keeps for evaluation.
 
     Raises:
@@ -88,7 +88,7 @@ def _own_text(data: Any, tokenizer: str, split: str | None, length: int) -> Any:
     from lm_jax.errors import UserError
 
     prepared = prepare(data, length=length, seed=0)
-    if prepared.tokenizer.fingerprint != tokenizer:
+    if not identity.startswith(f"{prepared.data}, "):
         raise UserError("--split: the run's source is no longer the text that it was trained on\ngive --source=..")
     text = prepared.test if split == "test" else prepared.held_out
     if text is None:

@@ -48,7 +48,7 @@ def main(words: list[str], command: list[str]) -> None:
         print(text, end="")
         return
     try:
-        tools.call(["kubectl", "create", "--filename=-"], given=text)
+        tools.call(["kubectl", "create", "--filename=-"], seconds=tools.ASK, given=text)
     except tools.ToolFailed as e:
         if "AlreadyExists" not in e.said:
             raise

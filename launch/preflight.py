@@ -3,13 +3,14 @@
     python -m launch.preflight --config=configs/7b.py --topology=v5p:4x4x4
 
 Compiles the real training step with the TPU's own compiler. Exit status: 0 it fits, 1 it does not, 2 the user's
-mistake.
+mistake, 3 no verdict: the compiler or this program failed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch import cli
+from lm_jax.errors import Failure, UserError
 
 if TYPE_CHECKING:
     from lm_jax.preflight.chips import Target
@@ -38,10 +40,23 @@ MACHINE_CODE = flags.DEFINE_bool(
 )
 CACHE = flags.DEFINE_bool("cache", True, "whether the same question may have its kept answer", flag_values=FLAGS)
 
-DOES_NOT_FIT = 1
+DOES_NOT_FIT, NO_VERDICT = 1, 3
 
 
 def main(config: ConfigDict, file: cli.ConfigFile) -> int:
+    """The exit status; a script that asks must not take a failure for a config that does not fit."""
+    try:
+        return _main(config, file)
+    except UserError:
+        raise
+    except Failure as e:
+        print("\n".join(str(e).splitlines()[: cli.MAX_LINES]), file=sys.stderr, flush=True)
+    except Exception:
+        traceback.print_exc()
+    return NO_VERDICT
+
+
+def _main(config: ConfigDict, file: cli.ConfigFile) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
@@ -71,11 +86,11 @@ def main(config: ConfigDict, file: cli.ConfigFile) -> int:
     verdict = {"config_file": file.spec, **verdict}
     _tell("")
     print(page.text(verdict, file.spec))
-    found = search(run, target, tries=TRIES.value, tell=_tell) if SEARCH.value else []
+    found = search(run, target, verdict, tries=TRIES.value, tell=_tell) if SEARCH.value else []
     _tell("")
     verdict["search"] = [{"keys": f.keys, **f.verdict} for f in found]
     if found or verdict["advice"]:
-        print("\n" + (page.table(found) if found else verdict["advice"]))
+        print("\n" + (page.table(found, target.name) if found else verdict["advice"]))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(verdict, indent=1) + "\n")
     if PICTURE.value:

@@ -44,7 +44,7 @@ def main(words: list[str], command: list[str]) -> None:
         if not SUBMIT.value:
             print(text, end="")
             continue
-        number = tools.call(["sbatch", "--parsable"], given=text).strip().partition(";")[0]
+        number = tools.call(["sbatch", "--parsable"], seconds=tools.ASK, given=text).strip().partition(";")[0]
         print(f"{one.name} is sent. It is at: squeue --jobs={number}")
         print(f"  its log:  tail --follow=name {one.name}-{number}.log")
         print(f"  its end:  scancel {number}")

@@ -274,24 +274,24 @@ def _share_data(runs: Sequence[Run], directory: epath.Path) -> None:
     from lm_jax.config import to_dict
     from lm_jax.data.pipeline import prepare
 
-    made: dict[Any, Prepared] = {}
+    made: dict[tuple[str, int], Prepared] = {}
     for run in runs:
         train = run.config.train
-        key = (run.config.data, train.length)
+        key = (json.dumps(to_dict(run.config.data), sort_keys=True), train.length)
         if key not in made:
             made[key] = prepare(run.config.data, length=train.length, seed=train.seed)
         try:
             made[key].check_epochs(train.total_steps * train.batch_size)
         except UserError as e:
             raise UserError(f"run {run.name}: {e}") from e
-    now = {json.dumps(to_dict(config), sort_keys=True): prepared.data for (config, _), prepared in made.items()}
+    now = {text: prepared.data for (text, _), prepared in made.items()}
     file = directory / _TEXTS
     before: dict[str, str] = json.loads(paths.read_text(file)) if file.exists() else {}
-    for config, _ in made:
-        text = json.dumps(to_dict(config), sort_keys=True)
+    for (text, _), prepared in made.items():
         if before.get(text, now[text]) != now[text]:
             raise UserError(
-                f"data.source {config.source!r} is not the text that earlier runs in {directory} were trained on\n"
+                f"data.source {prepared.config.source!r} is not the text that earlier runs in {directory} were trained "
+                "on\n"
                 "give another --workdir: losses on different texts cannot be compared"
             )
     paths.write_text_atomic(file, json.dumps(before | now, indent=1) + "\n")

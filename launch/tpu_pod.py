@@ -8,7 +8,8 @@
              in tmux on any machine; stopped, the same command goes on. At the end the slice is deleted; not with --keep
     create   asks for the slice
     copy     copies the tracked files of this checkout to all workers, and installs them
-    run      runs the command on all workers, in the background
+    run      runs the command on all workers, in the background; stops what runs there
+    stop     stops the job, which saves, and leaves the slice
     follow   shows the first worker's log
     delete   deletes the slice, and with it what it costs
 
@@ -31,7 +32,7 @@ from launch.jobs.gcloud import Pod, State, explained, verdict
 from launch.jobs.job import Job, define_flags, job_of
 from lm_jax.errors import Failure, UserError
 
-VERBS = ("up", "create", "copy", "run", "follow", "delete")
+VERBS = ("up", "create", "copy", "run", "stop", "follow", "delete")
 FLAGS = flags.FlagValues()
 define_flags(FLAGS, tpus=True, gpus=False)
 ZONE = flags.DEFINE_string("zone", None, "Google's zone: us-east5-a", required=True, flag_values=FLAGS)
@@ -44,6 +45,7 @@ POLL_SECONDS = flags.DEFINE_float("poll_seconds", 30.0, "up: how often it looks"
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _TRIES = 10  # of what may pass by itself: a worker that ssh does not reach, an answer of Google's
+_AGAIN = 3  # times that what does no harm twice is asked for, where no answer comes
 _FAILED_TRIES = 3  # of a request that Google refuses late
 _WAITING = {
     "CREATING": "asked for",
@@ -63,16 +65,20 @@ def main(words: list[str], command: list[str]) -> int:
     if SPOT.value and RESERVED.value:
         raise UserError("--spot and --reserved: a slice is one or the other")
     verb = words[0]
-    if verb in ("copy", "follow", "delete"):
-        if verb == "copy":
-            return _do(pod.copy_commands(_CHECKOUT, _archives()))
-        return _do([pod.delete_command() if verb == "delete" else pod.log_command(follow=True)])
+    if verb == "copy":
+        return _do(pod.copy_commands(_CHECKOUT, _archives()), tools.CARRY, _AGAIN)
+    if verb == "stop":
+        return _do([pod.stop_command()], tools.CHANGE, _AGAIN)
+    if verb == "delete":
+        return _do([pod.delete_command()], tools.CHANGE, _AGAIN)
+    if verb == "follow":
+        return _do([pod.log_command(follow=True)], None)
     job = _job(command)
     if verb == "create":
-        return _do([pod.create_command(job)])
+        return _do([pod.create_command(job)], tools.CHANGE)
     identity = f"{job.name}-{int(time.time())}"
     if verb == "run":
-        return _do([pod.start_command(job, identity)])
+        return _do([pod.start_command(job, identity)], tools.CHANGE)
     if DRY_RUN.value:
         return _plan(pod, job, identity)
     return Watch(pod, job, identity).up()
@@ -95,31 +101,46 @@ def _job(command: list[str]) -> Job:
     return job_of(FLAGS, command, shared_disk=False)
 
 
-def _do(commands: list[list[str]]) -> int:
+def _do(commands: list[list[str]], seconds: float | None, times: int = 1) -> int:
+    """Runs commands one after the other, or shows them.
+
+    Args:
+      commands: their command lines.
+      seconds: that each may take.
+      times: how often one is tried that gives no answer.
+    """
     for words in commands:
         if DRY_RUN.value:
             tools.show(words)
             continue
-        try:
-            tools.call(words, through=True)
-        except tools.ToolFailed as e:
-            raise explained(e) from e
+        for left in reversed(range(times)):
+            try:
+                tools.call(words, seconds=seconds, through=True)
+                break
+            except tools.TimedOut as e:
+                if not left:
+                    raise
+                tools.say(f"{e}; trying again")
+            except tools.ToolFailed as e:
+                raise explained(e) from e
     return 0
 
 
 def _plan(pod: Pod, job: Job, identity: str) -> int:
     """What `up` runs where nothing goes wrong."""
-    print("# ask for the slice")
-    _do([pod.create_command(job)])
-    print(f"# every {POLL_SECONDS.value:g} s, until state.state is ACTIVE")
-    _do([pod.describe_command()])
-    print("# the code, on all workers")
-    _do(pod.copy_commands(_CHECKOUT, _archives()))
-    print("# run, on all workers; again when one says neither running nor 0")
-    _do([pod.start_command(job, identity), pod.status_command(job)])
-    if not KEEP.value:
-        print("# when all say 0")
-        _do([pod.delete_command()])
+    for what, commands in (
+        ("ask for the slice", [pod.create_command(job)]),
+        (f"every {POLL_SECONDS.value:g} s, until state.state is ACTIVE", [pod.describe_command()]),
+        ("an earlier job, if there is one", [pod.stop_command()]),
+        ("the code, on all workers", pod.copy_commands(_CHECKOUT, _archives())),
+        ("run, on all workers; again when one says neither running nor 0", [pod.start_command(job, identity)]),
+        ("how it stands, by each worker", [pod.status_command(job)]),
+        ("when all say 0", [] if KEEP.value else [pod.delete_command()]),
+    ):
+        if commands:
+            print(f"# {what}")
+        for words in commands:
+            tools.show(words)
     return 0
 
 
@@ -169,16 +190,16 @@ class Watch:
             return self._work()
         if state.name == "":
             self._tell("asking for the slice")
-            tools.call(self._pod.create_command(self._job))
+            tools.call(self._pod.create_command(self._job), seconds=tools.CHANGE)
         elif state.name == "SUSPENDED":
             self._tell("preempted: asking for another slice; the run goes on from its last step")
-            tools.call(self._pod.delete_command())
+            tools.call(self._pod.delete_command(), seconds=tools.CHANGE)
         elif state.name == "FAILED":
             self._failed += 1
             if self._failed >= _FAILED_TRIES:
                 raise Failure(f"{self._pod.name}: Google refused the slice {self._failed} times\n{state.reason[:400]}")
             self._tell(f"refused: {state.reason[:200]}; asking again")
-            tools.call(self._pod.delete_command())
+            tools.call(self._pod.delete_command(), seconds=tools.CHANGE)
         else:
             self._tell(_WAITING.get(state.name, state.name.lower()))
         self._trouble = 0
@@ -201,15 +222,18 @@ class Watch:
         if what == "wait":
             self._tell("running")
         elif what == "start":
+            # First of all: what runs would lose the files that it runs from. Where a later command fails, the workers
+            # have no job, and the next look begins here again.
+            tools.call(self._pod.stop_command(), seconds=tools.CHANGE)
             self._tell("copying the code, and starting")
             for words in self._pod.copy_commands(_CHECKOUT, _archives()):
-                tools.call(words)
-            tools.call(self._pod.start_command(self._job, self._identity))
+                tools.call(words, seconds=tools.CARRY)
+            tools.call(self._pod.start_command(self._job, self._identity), seconds=tools.CHANGE)
         elif what == "again":
             stopped = sorted(set(statuses) - {"0", "running"})
             self._tell(f"stopped with status {', '.join(stopped)}: starting all workers again")
             self._told = ""
-            tools.call(self._pod.start_command(self._job, self._identity))
+            tools.call(self._pod.start_command(self._job, self._identity), seconds=tools.CHANGE)
         else:
             return self._end(what, statuses)
         self._trouble = 0
@@ -227,16 +251,16 @@ class Watch:
             )
         else:
             self._tell(f"{of}: asking for another slice")
-            tools.call(self._pod.delete_command())
+            tools.call(self._pod.delete_command(), seconds=tools.CHANGE)
             self._trouble = 0
 
     def _end(self, what: str, statuses: list[str]) -> int:
         if what == "final":
-            tools.call(self._pod.log_command(follow=False), through=True)
+            tools.call(self._pod.log_command(follow=False), seconds=tools.ASK, through=True)
         if KEEP.value:
             self._tell(f"the slice is kept, and costs: {' '.join(self._pod.delete_command())}")
         else:
-            tools.call(self._pod.delete_command())
+            tools.call(self._pod.delete_command(), seconds=tools.CHANGE)
         if what == "done":
             self._tell("finished")
             return 0

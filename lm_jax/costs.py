@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
+from lm_jax import tpu_memory
 from lm_jax.kernels.cross_entropy import CHUNK_BYTES
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
 from lm_jax.params import Tree, named, role
@@ -190,29 +191,51 @@ def memory(
     if not c.scan and on_cpu:
         remat = "none"  # outside of a scan XLA for CPU finds that it is told to compute the same twice, and does not
     with jax.sharding.use_abstract_mesh(mesh):
-        kept = _kept(c, mesh, shape, remat, config.layout)
-        one_layer = dataclasses.replace(c, layers=1)
-        again = _kept(one_layer, mesh, shape, "none", config.layout) if remat != "none" else 0
-        # Where a layer is computed again, gradients take the place of most of what was (XLA for CPU does not let them).
-        working = again + (2 if not again or on_cpu else 1) * _largest(one_layer, mesh, shape, config.layout)
-        output = _output(c, mesh, shape)
         # A CPU's host is itself. Elsewhere what lies on the host comes to the device when activations are gone.
         optimizer = tree_bytes(state, host=platform() == "cpu") - weights
-        # What is there whatever layer the backward pass is at: the output's gradient, which is split over fsdp only in
-        # the end; and, before the loops over layers, all weights cast to a smaller dtype of compute.
-        whole = 4 * c.ids * c.embed // mesh.shape["tensor"]
-        beside = whole - whole // mesh.shape["fsdp"]
+        kept, layer, output, logits = _phases(c, mesh, shape, remat, config.layout)
+        # Before the loops over layers all weights are cast to a smaller dtype of compute; where nothing is computed
+        # again that is kept by the layers.
         item = np.dtype(c.compute_dtype).itemsize
-        cast = weights * item // 4 if item < 4 else 0
+        cast = weights * item // 4 if item < 4 and remat != "none" else 0
     visiting = tree_bytes(state, host=True) - weights - optimizer
     need = {
         "parameters": weights,
         "gradients": gradients * (1 if microbatches == 1 else 2),
         "optimizer": optimizer,
         "activations": kept,
-        "working": cast + max(working + beside, output, visiting - kept),
+        "working": cast + max(layer, output, visiting - kept),
     }
+    need = tpu_memory.without_fast(need, mesh, logits, scanned=c.scan)
     return need | {"total": sum(need.values())}
+
+
+def _phases(
+    c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int], remat: str, layout: Layout
+) -> tuple[int, int, int, int]:
+    """Bytes on a device: what the forward pass keeps; what there is beside it while a layer's backward pass runs, and
+    while the loss does; and, of the former, the logits' gradient."""
+    on = platform()
+    kept = _kept(c, mesh, shape, remat, layout)
+    one_layer = dataclasses.replace(c, layers=1)
+    again = _kept(one_layer, mesh, shape, "none", layout) if remat != "none" else 0
+    # Where a layer is computed again, gradients take the place of most of what was (XLA for CPU does not let them).
+    layer = again + (2 if not again or on == "cpu" else 1) * _largest(one_layer, mesh, shape, layout)
+    if on == "tpu":
+        laid_out, plain = tpu_memory.laid_out(c, mesh, shape)
+        layer = max(layer, laid_out)
+        # Without a loop, which would stack them as they are, half of these (q, k, v, the output) stay so laid out.
+        kept += 0 if c.scan or again else c.layers * (laid_out - plain) // 2
+    if layout.context == "ring":
+        layer += tpu_memory.ring(c, mesh, shape)
+    # The output's gradient is there whatever layer the backward pass is at: it is split over fsdp only in the end.
+    whole = 4 * c.ids * c.embed // mesh.shape["tensor"]
+    layer += whole - whole // mesh.shape["fsdp"]
+    output, logits = _output(c, mesh, shape)
+    if on == "cpu" or not logits:
+        return kept, layer, output, 0
+    # All rows are one chunk, and no loop: the weight's gradient is made from the logits' when the layers are through.
+    return kept, layer + logits, output - logits, logits
 
 
 def tree_bytes(tree: Tree, *, host: bool = False) -> int:
@@ -294,15 +317,16 @@ def _made(jaxpr: Any) -> Iterator[Any]:
             yield from (v for v in equation.outvars if id(v) not in passing)
 
 
-def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> int:
-    """Bytes on a device of what the loss works with (`kernels/cross_entropy.py`)."""
+def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) -> tuple[int, int]:
+    """Bytes on a device of what the loss works with (`kernels/cross_entropy.py`), and of the logits where one chunk
+    holds all of them, else 0."""
     v = c.ids // mesh.shape["tensor"]
-    rows = math.prod(shape) // math.prod(mesh.shape[a] for a in ("data", "fsdp", "sequence"))
+    rows = tpu_memory.rows_of(mesh, shape)
     chunk = min(rows, max(1, CHUNK_BYTES // (4 * v)))
     item = np.dtype(c.compute_dtype).itemsize
     logits = 2 * 4 * chunk * v  # the logits, and the gradient that takes their place
     weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute
-    return logits + weight + 2 * item * rows * c.embed
+    return logits + weight + 2 * item * rows * c.embed, logits // 2 if chunk == rows else 0
 
 
 def kept_by_a_layer(c: TransformerConfig, mesh: AbstractMesh, length: int, remat: str = "none") -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm_jax.errors import ConfigError
@@ -136,9 +136,13 @@ class MeshConfig:
         text = " x ".join(f"{a}={s}" for a, s in sizes.items())
         if -1 in sizes.values():
             if devices % fixed:
-                raise ConfigError(
-                    "mesh", f"{text} does not divide {devices} devices", "choose sizes whose product divides them"
-                )
+                hint = "choose sizes whose product divides them"
+                given = {axis: s for axis, s in sizes.items() if s > 1}
+                if len(given) == 1:
+                    ((axis, size),) = given.items()
+                    near = min((n for n in range(1, devices + 1) if devices % n == 0), key=lambda n: abs(n - size))
+                    hint = f"the nearest that does is mesh.{axis}={near}"
+                raise ConfigError("mesh", f"{text} does not divide {devices} devices", hint)
             return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
         if fixed != devices:
             verb = "wants more than" if fixed > devices else "leaves some unused of"
@@ -182,8 +186,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         placed = create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     # jax.make_mesh knows the chips' wiring; it silently takes fewer devices than there are, which `sizes` has ruled
-    # out.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    # out. It refuses an axis that takes a part of a dimension of the torus (2 of 4x4x4), which the wiring allows.
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    except NotImplementedError:
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def one_device_mesh() -> Mesh:

@@ -22,7 +22,7 @@ FLOORS = (
     {"params", "config", "paths", "hlo", "slices"},
     {"sharding", "kernels"},
     {"models", "data"},
-    {"costs", "numbers", "collectives", "objectives", "generation", "corpus"},
+    {"costs", "numbers", "collectives", "tpu_memory", "objectives", "generation", "corpus"},
     {"training", "evaluation", "interop"},
     {"post_training", "preflight", "scaling"},
 )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, NamedSharding
 
 from lm_jax import costs
 from lm_jax.errors import ConfigError
@@ -246,6 +246,37 @@ def test_a_large_model_is_estimated_without_a_device() -> None:
     layer, between = 2 * 855_654_400, 2 * 4096 * (3 * 8192 + 2 * 1024 + 3 * 28672)
     held = 4 * 32_000 * 8192 * 63 / 64 + need["parameters"] / 2  # the output's gradient, all weights in bf16
     assert layer + between < need["working"] - held < 2 * (layer + between)
+
+
+def on_tpu(kind: str, c: TransformerConfig, mesh: MeshConfig, devices: int = 1, **settings: Any) -> dict[str, int]:
+    found = costs.abstract_mesh(mesh, devices, AbstractDevice(kind, 1, "tpu"))
+    with jax.sharding.use_abstract_mesh(found):
+        return costs.memory(c, state_on(c)(found), found, config=mesh, **settings)
+
+
+def test_a_ring_holds_sums_and_what_arrives_beside_attention() -> None:
+    c = TransformerConfig(layers=2, embed=1024, heads=8, kv_heads=4, head_dim=128, vocab=1024, dtype="bfloat16")
+
+    def need(context: str) -> dict[str, int]:
+        mesh = MeshConfig(data=1, sequence=4, context=context)
+        return on_tpu("TPU v5", c, mesh, 4, batch_size=64, length=2048, remat="full")
+
+    q, kv = 64 * 512 * 8 * 128, 64 * 512 * 4 * 128
+    ring, gathered = need("ring"), need("gather")
+    sums, arriving, chunks = 4 * (q + 2 * kv), 2 * kv * (2 + 4), 2 * 4 * (q + kv) // 2
+    others = 2 * kv * 2 * 3  # keys and values of the other devices' parts of a row, which are gathered else
+    assert ring["working"] == pytest.approx(gathered["working"] - others + sums + arriving + chunks, rel=1e-3)
+    assert ring["activations"] == pytest.approx(gathered["activations"], rel=1e-4)
+
+
+def test_a_small_model_lies_in_fast_memory_while_it_is_computed() -> None:
+    c = tiny.config(layers=2, embed=128, heads=2, head_dim=64, vocab=256, dtype="bfloat16")
+    large, small = (on_tpu(kind, c, MeshConfig(), batch_size=4, length=256) for kind in ("TPU v5 lite", "TPU v5"))
+    assert large["working"] == large["gradients"] == 0 < min(small["working"], small["gradients"])
+    assert large["activations"] == small["activations"] > 0  # a loop over layers stacks it
+    assert large["total"] == sum(large[part] for part in ("parameters", "optimizer", "activations"))
+    many = [on_tpu(kind, c, MeshConfig(), batch_size=4096, length=256) for kind in ("TPU v5 lite", "TPU v5")]
+    assert many[1]["total"] - many[0]["total"] == 28 * 2**20  # what kernels leave of it
 
 
 # ------------------------------------------------------------------------------------------------- what is there, fits

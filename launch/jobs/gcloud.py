@@ -16,6 +16,7 @@ from lm_jax.slices import slice_of
 FOLDER = "lm_jax"  # of the code, in the home directory of each worker
 ARCHIVE = "lm_jax.tar.gz"  # there
 ABSENT, RUNNING, GONE = "absent", "running", "gone"  # what a worker says, where it does not say an exit status
+_AT_WORK = "a job is at work on these files"  # what a worker says that is to have others
 _MARK = "lm_jax_status"  # in front of it: ssh writes lines of its own
 
 # uv brings the Python: images of TPU VMs have 3.10. What is locked comes first, with its hashes; extras leave room.
@@ -94,7 +95,8 @@ class Pod:
         return [*words, "--force", "--quiet", *self._place()]
 
     def copy_commands(self, checkout: Path, archives: Path) -> list[list[str]]:
-        """The tracked files of the checkout, as they are now: packed, copied to all workers, installed there.
+        """The tracked files of the checkout, as they are now: packed, copied to all workers, installed there; but not
+        under a job that runs from them.
 
         Args:
           checkout: of this project, with git.
@@ -104,7 +106,13 @@ class Pod:
         pack = f"git -C {where} ls-files -z | tar -C {where} --null --files-from=- -czf {shlex.quote(str(archive))}"
         copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(archive), f"{self.name}:{ARCHIVE}", "--worker=all"]
         copy += ["--batch-size=all", *self._place()]
-        return [["bash", "-o", "pipefail", "-c", pack], copy, self.ssh_command(_INSTALL)]
+        alive = f"[ -f {self.name}.pid ] && kill -0 -- -$(cat {self.name}.pid) 2> /dev/null"
+        free = f"if {alive}; then echo 'ERROR: {_AT_WORK}' >&2; exit 1; fi\n"
+        return [["bash", "-o", "pipefail", "-c", pack], copy, self.ssh_command(free + _INSTALL)]
+
+    def stop_command(self) -> list[str]:
+        """Stops the job on all workers, which are then as if none had been started. What runs saves first."""
+        return self.ssh_command(f"{self._stop()}; rm -f {self.name}.pid {self.name}.status {self.name}.job")
 
     def start_command(self, job: Job, identity: str) -> list[str]:
         """Stops what is left of an earlier start on all workers, and starts the job in the background."""
@@ -156,7 +164,7 @@ class Pod:
           ToolFailed, UserError: `gcloud` does not say.
         """
         try:
-            answer = json.loads(tools.call(self.describe_command()) or "{}")
+            answer = json.loads(tools.call(self.describe_command(), seconds=tools.ASK) or "{}")
         except tools.ToolFailed as e:
             if "NOT_FOUND" in e.said or "was not found" in e.said:
                 return State("")
@@ -171,7 +179,7 @@ class Pod:
         Raises:
           ToolFailed: `gcloud` reached none of them.
         """
-        answer = tools.call(self.status_command(job))
+        answer = tools.call(self.status_command(job), seconds=tools.ASK)
         lines = [line.split() for line in answer.splitlines() if line.startswith(_MARK)]
         return [words[1] for words in lines if len(words) == 2]
 
@@ -212,6 +220,8 @@ def explained(error: tools.ToolFailed) -> Failure | UserError:
         return UserError(f"{said}\nlog in: gcloud auth login")
     if "required property [project]" in error.said:
         return UserError("gcloud knows no project\ngive --project, or: gcloud config set project PROJECT")
+    if _AT_WORK in error.said:
+        return UserError(f"{said}\nstop it first, it saves: python -m launch.tpu_pod stop with the same flags")
     if "PERMISSION_DENIED" in error.said:
         return UserError(f"{said}\nthe account needs the role TPU Admin, and the project the Cloud TPU API")
     return error

@@ -109,6 +109,11 @@ class DataConfig:
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name}", f"{getattr(self, name)} is no share", "give 0 to 1")
+        if len(set(self.fim_tokens)) < 3:
+            raise ConfigError("data.fim_tokens", f"{self.fim_tokens} are not three tokens", "give each part its own")
+        if self.fim_rate and self.truncate:
+            problem = "does not go with data.truncate: of many documents it would leave out the middle"
+            raise ConfigError("data.fim_rate", problem)
         if self.fim_rate and self.prompt_field is not None:
             raise ConfigError("data.fim_rate", "does not go with data.prompt_field: a prompt must stay in front")
         if self.prompt_field is not None and self.prompt_field in ("", self.field):
@@ -139,7 +144,13 @@ class DataConfig:
         return {
             name: (
                 f"data.mixture.{name}",
-                dataclasses.replace(self, mixture={}, source=one.source, field=one.field or self.field),
+                dataclasses.replace(
+                    self,
+                    mixture={},
+                    source=one.source,
+                    field=one.field or self.field,
+                    prompt_field=one.prompt_field or self.prompt_field,
+                ),
             )
             for name, one in self.mixture.items()
         }

@@ -45,7 +45,8 @@ class FillInTheMiddle:
 
     @property
     def way(self) -> str:
-        return f"fill-in-the-middle {self.rate:g} (suffix first {self.spm_rate:g})"
+        marks = f"{self.prefix}, {self.suffix}, {self.middle}"
+        return f"fill-in-the-middle {self.rate!r} (suffix first {self.spm_rate!r}; tokens {marks})"
 
     def of_shard(self, number: int) -> FillInTheMiddle:
         """The same for a shard, whose documents are counted from 0 again."""
@@ -110,7 +111,7 @@ def plan_of(
         length=length,
         seed=seed,
         content=content,
-        prompts=store.prompts[documents],
+        prompts=None if store.prompts is None else store.prompts[documents],
         rewritten=rewritten,
         **packed,
     )

@@ -62,16 +62,19 @@ class Shards:
         """Raises UserError where a shard is missing or cut short."""
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
-        names = self.manifest["shards"]
+        names = self.manifest.get("shards")
+        if not isinstance(names, list) or not names:
+            raise UserError(f"{directory / MANIFEST} names no shards: it is damaged\nprepare the corpus again")
         broken = [name for name in names if not whole(directory / name)]
         if broken:
             raise UserError(
                 f"{directory}: {broken[0]} is missing or damaged ({len(broken)} of {len(names)} shards)\n"
                 "prepare the corpus again: what is whole stays"
             )
-        texts = [(directory / name / MANIFEST).read_bytes() for name in names]
-        self.parts: list[dict[str, Any]] = [json.loads(text) for text in texts]
-        self.content = cache.digest(*texts)
+        self.parts: list[dict[str, Any]] = [json.loads((directory / name / MANIFEST).read_bytes()) for name in names]
+        if old := [name for name, part in zip(names, self.parts, strict=True) if "content" not in part]:
+            raise UserError(f"{directory}: {old[0]} does not say what its tokens are\nprepare the corpus again")
+        self.content = cache.digest(*(part["content"] for part in self.parts))
         self._open: collections.OrderedDict[int, Store] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -219,10 +222,13 @@ class ShardedPlan:
         found = []
         with Progress("counting rows", len(self.shards)) as progress:
             for shard in range(len(self.shards)):
-                try:
+                if (
+                    self.shards.parts[shard]["tokens"].get(self.side, 0)
+                    > self.shards.parts[shard]["documents"][self.side]
+                ):
                     plan = self._make(shard)
                     found.append((plan.rows_per_epoch, plan.pairs, plan.left_out))
-                except UserError:  # nothing of this side in it
+                else:  # nothing of this side in it, or documents of a single token
                     found.append((0, 0, 0))
                 progress.advance(1)
         counts = np.array(found, np.int64).reshape(-1, 3)

@@ -22,6 +22,7 @@ from lm_jax.data.packing import Pieces, Rows, by_group, key
 from lm_jax.data.quota import MOST, Quota, Stage, whole_shares
 from lm_jax.errors import ConfigError
 
+LARGEST = 1e9  # beyond it a weight is a mistake
 Weight = float | tuple[tuple[int, float], ...]
 
 
@@ -34,18 +35,19 @@ class MixtureSource:
       weight: its weight beside the others', a number; or, to change it, pairs of (tokens trained on so far, weight from
         there on), the first at 0.
       max_epochs: the most passes over it; None for `data.max_epochs`.
-      field: the field that holds the text; None for `data.field`.
+      field, prompt_field: as of `data`; None for its own.
     """
 
     source: str | tuple[str, ...]
     weight: Weight = 1.0
     max_epochs: int | None = None
     field: str | None = None
+    prompt_field: str | None = None
 
     @property
     def pairs(self) -> tuple[tuple[int, float], ...]:
         """The weight as (tokens, weight from there on)."""
-        return ((0, self.weight),) if isinstance(self.weight, float) else self.weight
+        return ((0, float(self.weight)),) if isinstance(self.weight, int | float) else self.weight
 
 
 def check(mixture: Mapping[str, MixtureSource]) -> None:
@@ -63,8 +65,8 @@ def check(mixture: Mapping[str, MixtureSource]) -> None:
             remedy = "give pairs (tokens, weight) whose first tokens are 0, each later than the one before"
             raise ConfigError(f"{where}.weight", f"{one.weight!r} is no schedule", remedy)
         for _, weight in one.pairs:
-            if not weight >= 0:
-                raise ConfigError(f"{where}.weight", f"{weight} is no weight", "give 0 or more")
+            if not 0 <= weight <= LARGEST:
+                raise ConfigError(f"{where}.weight", f"{weight} is no weight", f"give 0 to {LARGEST:g}")
         if not any(weight for _, weight in one.pairs):
             raise ConfigError(f"{where}.weight", "is always 0", "leave the source out, or give it a weight")
         if one.max_epochs is not None and one.max_epochs < 1:
@@ -89,7 +91,7 @@ class Mixture:
     Attributes:
       names, parts: the sources, and the rows of each.
       quota: whose turn each row is.
-      others: as of `Rows`; an epoch is as many rows as the sources have together.
+      length, pairs, left_out, rows_per_epoch: as of `Rows`; an epoch is as many rows as the sources have together.
     """
 
     def __init__(
@@ -170,6 +172,10 @@ def stages_of(
         weights = [Fraction(repr(_at(one, tokens))) * scale[name] for name, one in mixture.items()]
         start = math.ceil(tokens / length)
         stages[start] = Stage(start, whole_shares(weights))  # the later of two changes in one row
+    for i, name in enumerate(mixture):
+        if not any(stage.shares[i] for stage in stages.values()):
+            problem = f"is above 0 for less than a row of {length} tokens: the source would never be read"
+            raise ConfigError(f"data.mixture.{name}.weight", problem, "leave the source out, or let it hold for longer")
     return list(stages.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def open_sources(config: DataConfig) -> tuple[Tokenizer, dict[str, Opened]]:
       UserError: for a source that cannot be used; says which file and line.
     """
     parts = config.parts()
+    _refuse_twice(parts)
     tokenizer = _given(config, parts)
     if config.mixture and tokenizer is None:
         tokenizer = _learn_together(config, parts)
@@ -62,6 +64,19 @@ def open_sources(config: DataConfig) -> tuple[Tokenizer, dict[str, Opened]]:
     if tokenizer is None:
         tokenizer = tokenizers.load(Path(next(iter(opened.values())).tokens.directory))
     return tokenizer, opened
+
+
+def _refuse_twice(parts: Mapping[str, tuple[str, DataConfig]]) -> None:
+    """Raises ConfigError where two sources share a file: what one holds out the other would train on."""
+    seen: dict[str, str] = {}
+    for name, (key, part) in parts.items() if len(parts) > 1 else ():
+        sharded = is_sharded(part.source)
+        files = [Path(str(part.source)).expanduser()] if sharded else find_files(part.source, f"{key}.source").paths
+        for file in map(os.path.realpath, files):
+            if file in seen:
+                problem = f"{file} is in {seen[file]} as well: what the one holds out the other would train on"
+                raise ConfigError(f"{key}.source", problem, "name every file in one source")
+            seen[file] = name
 
 
 def open_source(config: DataConfig, tokenizer: Tokenizer | None, key: str) -> Opened:
@@ -82,6 +97,10 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None, key: str) -> Op
         if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
             problem = f"{config.source} was prepared with another tokenizer, {own.kind} of {own.vocab_size:,} ids"
             raise ConfigError(key, problem, "prepare it with this run's, or take the tokenizer that lies in its folder")
+        for name in ("test", "prompt_field"):
+            if getattr(config, name) and not _has(shards, name):
+                problem = f"{config.source} was prepared without: it has none"
+                raise ConfigError(f"data.{name}", problem, "leave it out, or prepare the corpus with it")
         return Opened(str(config.source), shards, cache.digest(shards.content, own.fingerprint), root)
     files = find_files(config.source, key)
     store = Store(_entry(config, files, tokenizer, root))
@@ -89,6 +108,12 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None, key: str) -> Op
         # They were made while such documents were accepted.
         raise altered_document(files.label, store.manifest.get("altered", "some document does not come back"))
     return Opened(files.label, store, store.directory.name, root, files.ignored)
+
+
+def _has(shards: Shards, name: str) -> bool:
+    if name == "test":
+        return bool(shards.manifest["documents"].get("test"))
+    return shards.store(0).prompts is not None
 
 
 def _entry(config: DataConfig, files: Files, tokenizer: Tokenizer | None, root: Path) -> Path:

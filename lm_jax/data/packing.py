@@ -144,7 +144,7 @@ class Plan:
         pairs = np.asarray(tokens, np.int64) - 1
         self.documents = np.asarray(documents, np.int64)[pairs > 0]
         self._pairs = pairs[pairs > 0]
-        self._prompts = np.zeros(len(self._pairs), np.int64) if prompts is None else prompts[pairs > 0]
+        self._prompts = None if prompts is None else prompts[pairs > 0]
         self._rewritten = rewritten
         self.length, self.seed, self.content, self.packing, self.truncate = length, seed, content, packing, truncate
         everything = int(self._pairs.sum())
@@ -171,7 +171,7 @@ class Plan:
             self.content,
             self.documents.tobytes(),
             self._pairs.tobytes(),
-            *([self._prompts.tobytes()] if self._prompts.any() else []),
+            *([] if self._prompts is None else [self._prompts.tobytes()]),
         )
 
     @property
@@ -195,7 +195,7 @@ class Plan:
             here = spread(epoch.first[rows], counts)
             starts, which = epoch.starts[here], epoch.which[here]
             stops = starts + epoch.sizes[here]
-            return Pieces(counts, self.documents[which], starts, stops, self._prompts[which])
+            return Pieces(counts, self.documents[which], starts, stops, self._prompts_of(which))
         begins = rows * self.length
         ends = np.minimum(begins + self.length, self.pairs) + epoch.offset
         begins = begins + epoch.offset
@@ -209,7 +209,10 @@ class Plan:
         before = epoch.ends[here] - self._pairs[which]
         starts = np.maximum(np.repeat(low.ravel(), counts.ravel()) - before, 0)
         stops = np.minimum(np.repeat(high.ravel(), counts.ravel()) - before, self._pairs[which])
-        return Pieces(counts.sum(1), self.documents[which], starts, stops, self._prompts[which])
+        return Pieces(counts.sum(1), self.documents[which], starts, stops, self._prompts_of(which))
+
+    def _prompts_of(self, which: np.ndarray) -> np.ndarray:
+        return np.zeros(len(which), np.int64) if self._prompts is None else self._prompts[which]
 
     def _epoch(self, number: int) -> _Ring | _Bins:
         with self._lock:

@@ -11,11 +11,11 @@ from lm_jax.data import cache, mixture, tokenizers
 from lm_jax.data.config import DataConfig
 from lm_jax.data.corpus import SIDES
 from lm_jax.data.fim import FillInTheMiddle, FimReader, plan_of
-from lm_jax.data.joined import Joined, ShardedPlan, Shards
+from lm_jax.data.joined import Joined, ShardedPlan, Shards, is_sharded
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.opened import Opened, open_source, open_sources
 from lm_jax.data.packing import Rows, TokenReader
-from lm_jax.data.sources import SUFFIXES
+from lm_jax.data.sources import SUFFIXES, find_files
 from lm_jax.data.tokenizers import Tokenizer
 from lm_jax.errors import ConfigError, UserError
 
@@ -27,11 +27,13 @@ class TextSet:
     Attributes:
       store: its tokens.
       plan: its rows; one pass over them is `plan.rows_per_epoch`.
+      targets: targets that the loss counts, in one pass over all of it.
       bytes_per_target: bytes of UTF-8 for each target, for bits per byte: loss / ln 2 / bytes_per_target.
     """
 
     store: TokenReader
     plan: Rows
+    targets: int
     bytes_per_target: float
 
 
@@ -114,7 +116,9 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
     if config.mixture:
         train = _mixed(config, by_side["train"], opened, seed)
         shares = train.plan.way.removeprefix(", ")
-        description = f"{len(opened)} sources, vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {shares}"
+        description = (
+            f"{_count(len(opened), 'source')}, vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {shares}"
+        )
         notes = [(name, _describe(one, tokenizer)) for name, one in opened.items()] + notes
     else:
         train, description = sets[""]["train"], _describe(opened[""], tokenizer)
@@ -124,7 +128,7 @@ def prepare(config: DataConfig, *, length: int, seed: int) -> Prepared:
         train=train,
         held_out=_together(by_side["held_out"], opened),
         test=_together(by_side["test"], opened),
-        held_out_by_source=by_side["held_out"] if config.mixture else {},
+        held_out_by_source=by_side["held_out"] if len(by_side["held_out"]) > 1 else {},
         data=opened[""].content if not config.mixture else cache.digest(*(one.content for one in opened.values())),
         description=description,
         notes=tuple(f"{name}: {note}" if name else note for name, note in notes),
@@ -147,6 +151,8 @@ def prepare_evaluation(
       UserError: for a source that cannot be used, and for text that the tokenizer cannot encode.
     """
     plain = dataclasses.replace(config, mixture={}, source=source, held_out=0.0, test=0.0)
+    if not is_sharded(source) and {path.suffix.lower() for path in find_files(source, key).paths} == {".txt"}:
+        plain = dataclasses.replace(plain, prompt_field=None)  # such files have no fields
     one = open_source(plain, tokenizer, key)
     for note in _notes(one, tokenizer, None):
         print(f"{one.label}: {note}", file=sys.stderr)
@@ -186,7 +192,10 @@ def _text_set(
         what = {"train": "the text", "held_out": "what is held out", "test": "what is kept for the test"}[side]
         raise UserError(f"{one.label}: {what} is too short: {error}") from None
     counted = one.tokens.manifest
-    return TextSet(reader, plan, counted["predicted_bytes"][side] / counted["targets"][side])
+    targets = counted["targets"][side]
+    if not targets:
+        raise UserError(f"{one.label}: it is all prompts (data.prompt_field): nothing is left for the loss to count")
+    return TextSet(reader, plan, targets, counted["predicted_bytes"][side] / targets)
 
 
 def _fim(config: DataConfig, tokenizer: Tokenizer, seed: int) -> FillInTheMiddle | None:
@@ -217,7 +226,7 @@ def _mixed(config: DataConfig, sets: Mapping[str, TextSet], opened: Mapping[str,
     stages = mixture.stages_of(config.mixture, plans, documents if config.weights_by == "documents" else None)
     sizes = [opened[name].size for name in plans]
     plan = Mixture(list(plans), list(plans.values()), sizes, stages, seed)
-    return TextSet(_joined(sets, sizes), plan, _mean_bytes(sets))
+    return TextSet(_joined(sets, sizes), plan, _targets(sets), _mean_bytes(sets))
 
 
 def _together(sets: Mapping[str, TextSet], opened: Mapping[str, Opened]) -> TextSet | None:
@@ -228,16 +237,19 @@ def _together(sets: Mapping[str, TextSet], opened: Mapping[str, Opened]) -> Text
         return next(iter(sets.values()))
     sizes = [opened[name].size for name in sets]
     plan = mixture.side_by_side(list(sets), [one.plan for one in sets.values()], sizes)
-    return TextSet(_joined(sets, sizes), plan, _mean_bytes(sets))
+    return TextSet(_joined(sets, sizes), plan, _targets(sets), _mean_bytes(sets))
 
 
 def _joined(sets: Mapping[str, TextSet], sizes: list[int]) -> Joined:
     return Joined(sizes, [one.store for one in sets.values()].__getitem__)
 
 
+def _targets(sets: Mapping[str, TextSet]) -> int:
+    return sum(one.targets for one in sets.values())
+
+
 def _mean_bytes(sets: Mapping[str, TextSet]) -> float:
-    pairs = [one.plan.pairs for one in sets.values()]
-    return sum(n * one.bytes_per_target for n, one in zip(pairs, sets.values(), strict=True)) / sum(pairs)
+    return sum(one.targets * one.bytes_per_target for one in sets.values()) / _targets(sets)
 
 
 # ------------------------------------------------------------------------------------------------------- for the reader
@@ -259,6 +271,12 @@ def _describe(one: Opened, tokenizer: Tokenizer) -> str:
 
 def _notes(one: Opened, tokenizer: Tokenizer, config: DataConfig | None) -> tuple[str, ...]:
     manifest, notes = one.tokens.manifest, []
+    if isinstance(one.tokens, Shards) and config and config.held_out:
+        tokens = manifest["tokens"]
+        share = tokens.get("held_out", 0) / max(1, sum(tokens.get(side, 0) for side in SIDES))
+        notes.append(
+            f"held out is what was when it was prepared, {share:.1%} of its tokens, whatever data.held_out says"
+        )
     if manifest["dropped"]:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
         notes.append(f"left out: {reasons}")

@@ -6,7 +6,8 @@ problem", Discrete Mathematics 32): then none of the `m` is ever a whole place a
 shares are and however they change.
 
 Shares are whole numbers, so nothing is rounded on the way, and the order repeats: place `n` is found without what
-stands before it. Only the first period of each stage is worked out, and the last places before the shares change.
+stands before it. Worked out are the first period of each stage and the last few before the shares change: at 4 us a
+place a quarter of a second for the longest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FINEST = 2**20  # what shares are rounded to where no smaller sum has them exactly
+FINEST = 2**16  # what shares are rounded to where no smaller sum has them exactly
 MOST = 256  # sources: each place of a sequence is a byte
 _MARK = 2**6  # places between counts that are kept
 _AT_ONCE = 2**14  # places that are worked out at a time

@@ -6,8 +6,10 @@ records a document has follows from its length. ArrayRecord checks a sum of ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Writer:
         self.directory, self.vocab_size = directory, vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.lengths: list[int] = []
+        self._content = hashlib.blake2b(digest_size=16)
         self.shards = self.records = 0
         self._file: Any = None
 
@@ -65,7 +68,9 @@ class Writer:
             raise ValueError(f"token ids {ids.min()} .. {ids.max()} are not in 0 .. {self.vocab_size - 1}")
         stored = ids.astype(self.dtype)
         for start in range(0, len(stored), CHUNK):
-            self._writer().write(stored[start : start + CHUNK].tobytes())
+            chunk = stored[start : start + CHUNK].tobytes()
+            self._writer().write(chunk)
+            self._content.update(chunk)
             self.records += 1
         self.lengths.append(len(ids))
 
@@ -106,9 +111,12 @@ class Writer:
         arrays: dict[str, Any] = {"lengths": np.array(self.lengths, np.int64), "held_out": held_out}
         arrays |= {name: x for name, x in (("test", test), ("prompts", prompts)) if x is not None}
         np.savez(self.directory / DOCUMENTS, **arrays)
+        for name in sorted(arrays):
+            self._content.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
         names = [*map(shard_name, range(self.shards)), DOCUMENTS]
         sizes = {name: (self.directory / name).stat().st_size for name in names}
         record = {**manifest, "dtype": self.dtype.str, "vocab_size": self.vocab_size, "files": sizes}
+        record["content"] = self._content.hexdigest()
         (self.directory / MANIFEST).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -127,17 +135,21 @@ class Store:
     Attributes:
       lengths: `[documents]` int64, tokens of each.
       held_out, test: `[documents]` bool.
-      prompts: `[documents]` int64, tokens at the beginning that are a prompt.
+      prompts: `[documents]` int64, tokens at the beginning that are a prompt; None: none anywhere.
       manifest: what the writer was told, plain values.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
-        with np.load(directory / DOCUMENTS, allow_pickle=False) as arrays:
+        try:
+            with np.load(directory / DOCUMENTS, allow_pickle=False) as file:
+                arrays = dict(file)
             self.lengths, self.held_out = arrays["lengths"], arrays["held_out"]
-            self.test = arrays["test"] if "test" in arrays else np.zeros_like(self.held_out)
-            self.prompts = arrays["prompts"] if "prompts" in arrays else np.zeros_like(self.lengths)
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{directory / DOCUMENTS} is damaged: {error}\ndelete {directory}") from error
+        self.test = arrays.get("test", np.zeros_like(self.held_out))
+        self.prompts: np.ndarray | None = arrays.get("prompts")
         self._dtype = np.dtype(self.manifest["dtype"])
         records = -(-self.lengths // CHUNK)
         self._first = np.cumsum(records) - records

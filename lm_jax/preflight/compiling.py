@@ -99,7 +99,7 @@ def compile_step(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return _result(folder, time.monotonic() - started)
+        return _result(folder, process.returncode, time.monotonic() - started)
 
 
 def _wait(
@@ -127,7 +127,7 @@ def _planned(folder: Path) -> bool:
     return False
 
 
-def _result(folder: Path, seconds: float) -> Compiled:
+def _result(folder: Path, status: int, seconds: float) -> Compiled:
     outcome: dict[str, Any] = {}
     if (folder / "outcome").exists():
         outcome = json.loads((folder / "outcome").read_text())
@@ -141,12 +141,24 @@ def _result(folder: Path, seconds: float) -> Compiled:
     if None in texts.values():
         if refused:
             raise UserError(f"the compiler gives no plan of memory: {refused}")
-        last = (folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
-        raise Failure("the compiler ended without a word:\n" + "\n".join(last))
+        raise Failure(_ended(status, (folder / "log").read_text(errors="replace")))
     devices = json.loads((folder / "devices").read_text())
     dump = Dump(**{key: file.read_text() for key, file in texts.items() if file})
     code, analysed = outcome.get("code_bytes"), outcome.get("analysed_bytes")
     return Compiled(dump, devices["coordinates"], devices["kind"], refused, code, analysed, seconds)
+
+
+def _ended(status: int, log: str) -> str:
+    """Why there is no plan, in at most three lines."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = "this machine's memory may not have been enough" if -status == signal.SIGKILL else "see its last words"
+        first = f"no verdict: the compiler was ended by {name}; {hint}"
+    else:
+        first = f"no verdict: the compiler failed (status {status})"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|F\d{4} |\[?FATAL", line)] or lines[-1:]
+    return "\n".join([first, *(line[:300] for line in errors[-2:])])
 
 
 # ----------------------------------------------------------------------------------------------- in the process itself

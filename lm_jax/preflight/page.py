@@ -61,15 +61,36 @@ def text(verdict: Verdict, name: str) -> str:
     return "\n".join(lines)
 
 
-def table(found: list[Found]) -> str:
-    """What a search compiled, the best first."""
-    lines = [f"  {'':<44} {'fits':<5} {'memory':>9}  {'a step':>8}  {'MFU':>4}"]
+def table(found: list[Found], topology: str) -> str:
+    """What a search compiled, the best first, and what follows from it."""
+    width = max(len(overrides(f, topology)) for f in found)
+    lines = [f"  {'tried':<{width}}  {'fits':<4} {'memory':>9}  {'a step':>8}  {'MFU':>4}"]
     for f in found:
         step, size = f.verdict["step"], f.verdict["bytes_per_device"]["compiler_total"]
-        keys = flags(f.keys) or "as it is"
-        answer = "yes" if f.verdict["fits"] else "no"
-        lines.append(f"  {keys:<44} {answer:<5} {costs.amount(size):>9}  {step['seconds']:6.3g} s  {step['mfu']:4.0%}")
-    return "\n".join(lines)
+        answer = "yes" if f.fits else "no"
+        lines.append(
+            f"  {overrides(f, topology):<{width}}  {answer:<4} {costs.amount(size):>9}  {step['seconds']:6.3g} s"
+            f"  {step['mfu']:4.0%}"
+        )
+    best, own = found[0], next(f for f in found if not f.keys and f.verdict["topology"] == topology)
+    if not best.fits:
+        advice = "nothing that was tried fits: take a larger slice, or a smaller batch"
+    elif best is own:
+        advice = "none of the others is faster than the config as it is"
+    elif best.verdict["topology"] != topology:
+        advice = f"no layout fits {topology}; this does: {overrides(best, topology)}"
+    elif own.fits:
+        advice = f"faster ({best.seconds:.3g} s, not {own.seconds:.3g}): {overrides(best, topology)}"
+    else:
+        advice = f"this fits: {overrides(best, topology)}"
+    return "\n".join([*lines, "", f"  {advice}"])
+
+
+def overrides(found: Found, topology: str) -> str:
+    """What to add to the command line."""
+    there = found.verdict["topology"]
+    words = [f"--topology={there}"] if there != topology else []
+    return " ".join([*words, *([flags(found.keys)] if found.keys else [])]) or "as it is"
 
 
 def flags(keys: dict[str, Any]) -> str:

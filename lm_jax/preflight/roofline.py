@@ -33,8 +33,11 @@ _ATTENTION = {
     "NVIDIA H100": (0.65, 0.55),
     "NVIDIA H200": (0.65, 0.55),
 }
+_GEMM = 'custom_call_target="__cublas$'  # how XLA for GPUs writes a product that cuBLAS makes
+_KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
 _FREE = ("bitcast", "tuple", "get-tuple-element", "parameter", "constant", "after-all", "partition-id", "iota")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_LAID_OUT = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
 
 
 class Link(NamedTuple):
@@ -135,6 +138,11 @@ def step_time(
     return Time(compute + memory + exposed, compute, memory, exposed, _sums(found, links))
 
 
+def attends_in_kernels(program: str) -> bool:
+    """Whether attention is kernels in a program's text; else its products stand there like all others."""
+    return bool(_KERNELS.search(program))
+
+
 def _sums(found: list[Collective], links: Mapping[tuple[str, ...], Link]) -> tuple[Sent, ...]:
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for c in found:
@@ -221,12 +229,23 @@ def _walk(
 
 
 def _flops(program: dict[str, Computation], here: Computation, op: Op) -> float:
-    """Two for each product of numbers: from a matrix product's three sizes, whose product is (m k) (k n) (m n)."""
-    if op.code in ("dot", "convolution"):
+    """Two for each product of numbers: from a matrix product's three sizes, whose product is (m k) (k n) (m n), each as
+    often as there are products side by side."""
+    if op.code in ("dot", "convolution") or (op.code == "custom-call" and _GEMM in op.attributes):
         sizes = [_numbers(here.ops[name].type) for name in op.operands[:2]] + [_numbers(op.type)]
-        return 2 * math.sqrt(math.prod(sizes))
+        return 2 * math.sqrt(math.prod(sizes) / _side_by_side(here.ops[op.operands[0]].type, op.attributes))
     inner = called(op, "calls") if op.code in ("fusion", "async-start") else []
     return sum(_flops(program, program[name], o) for name in inner for o in program[name].ops.values())
+
+
+def _side_by_side(type_: str, attributes: str) -> int:
+    """Over how many products a matrix product runs: the sizes of its batch dimensions."""
+    found = re.search(r'lhs_batch_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)[}\]]', attributes)
+    dims = _SHAPE.search(type_)
+    if not found or not dims or not found[1]:
+        return 1
+    sizes = [int(d) for d in dims[2].split(",")]
+    return math.prod(sizes[int(d)] for d in found[1].replace('"', "").split(","))
 
 
 def _numbers(type_: str) -> float:
@@ -239,11 +258,16 @@ def _moved(program: dict[str, Computation], here: Computation, op: Op) -> float:
     only cuts from or puts into, what is cut or put."""
     if op.code in ("copy-start", "slice-start", "async-start"):
         return float(type_bytes(op.type.strip("()").split(", ")[0]))  # what arrives
-    inner = program[called(op, "calls")[0]] if op.code == "fusion" else None
-    total = 0.0
-    for i, name in enumerate(op.operands):
-        total += _part(inner, i, _in_memory(here.ops[name].type))
-    return total + _results(inner, op)
+    if op.code == "dynamic-update-slice":
+        return 2 * float(type_bytes(here.ops[op.operands[1]].type))
+    if op.code != "fusion":
+        return sum(_in_memory(here.ops[name].type) for name in op.operands) + _in_memory(op.type)
+    inner = program[called(op, "calls")[0]]
+    read = 0.0
+    for number, name in enumerate(op.operands):
+        size = _in_memory(here.ops[name].type)
+        read += min(size, _read(program, inner, _parameter(inner, number).name, size)) if size else 0.0
+    return read + _written(program, inner, [m[0] for m in _LAID_OUT.finditer(op.type)])
 
 
 def _in_memory(type_: str) -> float:
@@ -251,23 +275,42 @@ def _in_memory(type_: str) -> float:
     return float(sum(type_bytes(m[0]) for m in _SHAPE.finditer(type_) if not re.search(r"S\(\d+\)", m[3] or "")))
 
 
-def _part(inner: Computation | None, number: int, size: float) -> float:
-    """Bytes of an operand that a fusion reads."""
-    if inner is None or not size:
-        return size
-    parameter = next(o for o in inner.ops.values() if o.code == "parameter" and int(o.inside) == number)
-    users = inner.users.get(parameter.name, [])
-    if users and all(u.code == "dynamic-slice" for u in users):
-        return float(sum(type_bytes(u.type) for u in users))
-    if users and all(u.code == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
-        return 0.0
-    return size
+def _parameter(inner: Computation, number: int) -> Op:
+    return next(o for o in inner.ops.values() if o.code == "parameter" and int(o.inside) == number)
 
 
-def _results(inner: Computation | None, op: Op) -> float:
-    root = next((o for o in inner.ops.values() if o.root), None) if inner is not None else op
-    if inner is not None and root is not None and root.code == "dynamic-update-slice" and _in_memory(op.type):
-        return float(type_bytes(inner.ops[root.operands[1]].type))
-    if op.code == "dynamic-update-slice":
-        return 0.0
-    return _in_memory(op.type)
+def _read(program: dict[str, Computation], inner: Computation, name: str, size: float) -> float:
+    """Bytes of an array of `size` that a fusion's body reads, where it is called `name`; fusions stand in fusions."""
+    total = 0.0
+    for user in inner.users.get(name, []):
+        if user.code == "dynamic-slice":
+            total += type_bytes(user.type)
+        elif user.code == "fusion":
+            body = program[called(user, "calls")[0]]
+            for number, operand in enumerate(user.operands):
+                total += _read(program, body, _parameter(body, number).name, size) if operand == name else 0.0
+        elif user.code == "bitcast":
+            total += _read(program, inner, user.name, size)
+        elif not (user.code == "tuple" or (user.code == "dynamic-update-slice" and user.operands[0] == name)):
+            return size
+    return total
+
+
+def _written(program: dict[str, Computation], inner: Computation, types: list[str]) -> float:
+    """Bytes that a fusion's body writes, whose results have these types: nothing for an operand that it hands on, and
+    what is put for an array that it puts something into."""
+    root = next(o for o in inner.ops.values() if o.root)
+    made = [inner.ops[name] for name in root.operands] if root.code == "tuple" else [root]
+    if len(made) != len(types):
+        return sum(map(_in_memory, types))
+    total = 0.0
+    for op, type_ in zip(made, types, strict=True):
+        while op.code == "bitcast":
+            op = inner.ops[op.operands[0]]
+        size = _in_memory(type_)
+        if op.code == "dynamic-update-slice":
+            size = min(size, float(type_bytes(inner.ops[op.operands[1]].type)))
+        elif op.code == "fusion" and not op.type.startswith("("):
+            size = min(size, _written(program, program[called(op, "calls")[0]], [type_]))
+        total += 0.0 if op.code in ("parameter", "get-tuple-element") else size
+    return total

@@ -112,7 +112,8 @@ def _speed(config: RunConfig, target: Target, compiled: Compiled, mesh: Mapping[
     peak = costs.peak_flops(compiled.kind)
     assert peak is not None
     flops = costs.flops_per_token(c, train.length) * tokens / devices
-    attention = costs.attention_flops(c, train.length) * tokens / devices
+    in_kernels = roofline.attends_in_kernels(compiled.dump.program)
+    attention = costs.attention_flops(c, train.length) * tokens / devices if in_kernels else 0.0
     again = train.remat in ("full", "dots", "offload")
     time = roofline.step_time(
         compiled.dump.program,

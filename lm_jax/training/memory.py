@@ -40,6 +40,12 @@ def need(config: RunConfig, devices: int, device: AbstractDevice | None = None) 
     )
 
 
+def state_bytes(config: RunConfig, devices: int, device: AbstractDevice | None = None) -> int:
+    """Of `need`, what no remat and no cutting of rows saves: the state of training. Nothing is traced for it."""
+    mesh = costs.abstract_mesh(config.mesh, devices, device)
+    return costs.tree_bytes(_state(config, mesh, config.mesh))
+
+
 def with_remat(config: RunConfig, policy: str) -> RunConfig:
     """The config with another `train.remat`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, remat=policy))

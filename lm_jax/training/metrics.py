@@ -70,10 +70,13 @@ def evaluation_values(nats: float, tokens: int, text_bytes: int | None = None, *
       text_bytes: how many UTF-8 bytes of text these targets stand for; without them there are no bits per byte.
 
     Raises:
-      ValueError: where there is no target.
+      UserError: where there is no target.
     """
     if tokens <= 0:
-        raise ValueError(f"an evaluation of {tokens} targets has no loss")
+        raise UserError(
+            f"an evaluation{f' of {name}' if name else ''} counted no target: it read prompts alone, or nothing\n"
+            "read more of it (evaluation.batches), or give rows that prompts do not fill (train.length)"
+        )
     loss = nats / tokens
     values = {"eval_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     if text_bytes:

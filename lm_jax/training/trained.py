@@ -18,13 +18,14 @@ from lm_jax.training.run import RunConfig
 
 
 class Trained(NamedTuple):
-    """A run's config, its tokenizer, its weights (the averaged ones where the run keeps them) and the steps behind
-    them."""
+    """A run's config, its tokenizer, its weights (the averaged ones where the run keeps them), the steps behind them,
+    and what its text was."""
 
     config: RunConfig
     tokenizer: Tokenizer
     params: Tree
     step: int
+    data: str
 
 
 def load_trained(directory: epath.Path, mesh: jax.sharding.Mesh, *, step: int | None = None) -> Trained:
@@ -43,4 +44,4 @@ def load_trained(directory: epath.Path, mesh: jax.sharding.Mesh, *, step: int | 
     config = build(RunConfig, metadata["config"])
     tokenizer = tokenizers.from_files({n: base64.b64decode(text) for n, text in metadata["tokenizer"].items()})
     restored = reader.restore_params(abstract(transformer_specs(config.model), mesh), ema=True, step=step)
-    return Trained(config, tokenizer, restored.tree, restored.step)
+    return Trained(config, tokenizer, restored.tree, restored.step, metadata["identity"]["data"])

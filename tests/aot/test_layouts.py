@@ -28,6 +28,14 @@ def test_slices_are_the_outer_part_of_data() -> None:
         make_mesh(MeshConfig(data=1, fsdp=16), devices)
 
 
+def test_an_axis_may_take_a_part_of_a_dimension_of_the_torus() -> None:
+    devices = chips("v5p:4x4x4")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=2), devices)
+    assert mesh.devices.shape == (1, 32, 1, 2) and set(mesh.devices.flat) == set(devices)
+    apart = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in mesh.devices.reshape(-1, 2)]
+    assert apart == [1] * 32  # who shares a layer's products are neighbours
+
+
 def compiled(mesh: MeshConfig, remat: str) -> jax.stages.Compiled:
     """A step of a model of 14M parameters for four chips."""
     model = TransformerConfig(layers=4, embed=512, heads=4, vocab=1024, dtype="bfloat16")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import cli
 from launch import preflight as launcher
 from lm_jax import costs
+from lm_jax.config import assign, build
 from lm_jax.models.transformer import TransformerConfig
+from lm_jax.preflight import compiling
 from lm_jax.preflight import verdict as verdicts
 from lm_jax.preflight.buffers import CLASSES
 from lm_jax.preflight.chips import target_of
@@ -94,6 +98,28 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_verdict_is_not_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The compiler is killed, fails, and this program does."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    argv = ["preflight", "--config=configs/125m.py", "--topology=v5e:2x2"]
+
+    def status(python: str) -> int:
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(compiling.sys, "executable", str(tmp_path / "python"))
+        return cli.status(launcher.main, launcher.FLAGS, argv, config=True, file=True)
+
+    assert status("kill -KILL $$") == 3
+    assert "the compiler was ended by SIGKILL; this machine's memory may not" in capsys.readouterr().err
+    assert status("echo 'Traceback'; echo 'NotImplementedError: no such ring'; exit 1") == 3
+    assert capsys.readouterr().err.endswith("the compiler failed (status 1)\nNotImplementedError: no such ring\n")
+    monkeypatch.setattr(verdicts, "compile_step", lambda *a, **k: 1 / 0)
+    assert status("") == 3
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -120,6 +146,57 @@ def test_costs_predict_every_policy(remat: str, tmp_path: Path, monkeypatch: pyt
     run = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, remat=remat))
     size = preflight(run, SLICE)
     assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "keys"),
+    [
+        ("tiny", "v5e:1x1", {}),
+        ("tiny", "v5e:2x2", {}),
+        ("shakespeare_char", "v5e:1x1", {}),
+        ("125m", "v5e:4x4", {}),
+        ("350m", "v5e:4x4", {}),
+        ("760m", "v5e:4x4", {}),
+        ("1b", "v5e:4x4", {}),
+        ("3b", "v5p:4x4x4", {}),
+        ("7b", "v5p:4x4x4", {}),
+        ("13b", "v5p:4x4x8", {}),
+        ("70b", "v5p:4x4x8", {}),
+        ("125m", "v5e:2x2", {"mesh.sequence": 2, "mesh.context": "ring"}),
+        ("125m", "v5e:2x2", {"mesh.sequence": 2, "mesh.context": "all_to_all"}),
+    ],
+)
+def test_costs_predict_every_shipped_config(
+    name: str, topology: str, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/what_fits.py compares the larger ones on more slices."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    values = cli.load(f"configs/{name}.py")
+    assign(values, keys)
+    size = preflight(build(RunConfig, values).with_likely_vocab(), target_of(topology))
+    assert size["predicted_total"] == pytest.approx(size["bytes_per_device"]["compiler_total"], rel=0.15)
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+    reason="compiling for GPUs needs jax's CUDA plugin",
+)
+def test_gpus_are_compiled_for_where_the_plugin_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several documents are attended to in blocks there, whose products stand in the program."""
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
+    found = preflight(RUN, target_of("h200:4"))
+    size, step = found["bytes_per_device"], found["step"]
+    assert found["fits"] and found["chip"] == "NVIDIA H200"
+    assert sum(size[kind] for kind in CLASSES) == pytest.approx(size["compiler_total"], rel=0.05)
+    assert found["predicted_total"] == pytest.approx(size["compiler_total"], rel=0.25)
+    # What is computed again is a third more; blocks compute whole tiles of the mask's diagonal.
+    peak = costs.peak_flops("NVIDIA H200")
+    assert peak is not None
+    least = found["flops_per_device"] / peak
+    assert 0.9 * least < step["compute_seconds"] + step["memory_seconds"] and step["compute_seconds"] < 2 * least
+    assert 0.02 < step["mfu"] < 0.75
+    assert {s["link"] for s in found["collectives"]} == {"nvlink"}
 
 
 @pytest.mark.slow

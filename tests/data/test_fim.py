@@ -118,3 +118,13 @@ def test_a_tokenizer_without_the_tokens_is_named(tmp_path: Path) -> None:
         DataConfig(fim_rate=2)
     with pytest.raises(ConfigError, match=r"does not go with data\.prompt_field"):
         DataConfig(fim_rate=0.1, prompt_field="prompt")
+
+
+def test_all_that_decides_the_rewriting_is_part_of_what_the_rows_are(tmp_path: Path) -> None:
+    ways = {fim().way, fim(0.6000001).way, fim(spm_rate=0.5000001).way}
+    ways.add(FillInTheMiddle(0.6, 0.5, SUF, PRE, MID, 1, 0).way)
+    assert len(ways) == 4
+    with pytest.raises(ConfigError, match=r"data\.fim_rate: does not go with data\.truncate"):
+        DataConfig(fim_rate=0.1, truncate=True, packing="best_fit")
+    with pytest.raises(ConfigError, match="are not three tokens"):
+        DataConfig(fim_tokens=("<a>", "<a>", "<b>"))

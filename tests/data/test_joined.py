@@ -160,3 +160,25 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "shard-00001" / "documents.npz").unlink()
     with pytest.raises(UserError, match=r"shard-00001 is missing or damaged \(1 of 2 shards\)"):
         Shards(tmp_path / "corpus")
+
+
+def test_other_tokens_or_other_documents_are_another_corpus(tmp_path: Path) -> None:
+    """Also where all that is counted is the same: rows would be lost, and a resume go on with other text."""
+    contents = set()
+    for name, words in (("a", ["xx", "xxxx"]), ("b", ["yy", "yyyy"]), ("c", ["xxxx", "xx"]), ("d", ["xxx", "xxx"])):
+        folder = tmp_path / name
+        write_corpus(folder, [1])
+        writer = Writer(folder / "shard-00000", 257)
+        for word in words:
+            writer.write(np.frombuffer(word.encode(), np.uint8).astype(np.int32))
+        writer.finish(np.zeros(2, bool), json.loads((folder / "shard-00000" / "manifest.json").read_text()))
+        contents.add(Shards(folder).content)
+    assert len(contents) == 4
+
+
+def test_what_a_corpus_in_shards_cannot_give_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", [40])
+    for changes in ({"test": 0.1}, {"prompt_field": "question"}):
+        with pytest.raises(ConfigError, match="was prepared without: it has none"):
+            ready(tmp_path / "corpus", **changes)
+    assert "held out is what was when it was prepared" in " ".join(ready(tmp_path / "corpus").notes)

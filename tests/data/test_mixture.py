@@ -198,3 +198,38 @@ def test_an_epoch_of_a_source_loses_and_repeats_nothing(folder: Path) -> None:
         mask = batch["loss_mask"]
         found = zip(batch["tokens"][mask].tolist(), batch["targets"][mask].tolist(), strict=True)
         assert sorted(found) == pairs
+
+
+def test_a_file_in_two_sources_is_refused(folder: Path) -> None:
+    """What one source holds out of it the other would train on."""
+    both = {
+        "a": MixtureSource(source=str(folder / "a.jsonl")),
+        "all": MixtureSource(source=str(folder / "*.jsonl"), weight=2),
+    }
+    with pytest.raises(ConfigError, match=r"data\.mixture\.all\.source: .*a\.jsonl is in a as well"):
+        prepare(DataConfig(mixture=both, tokenizer="bytes", cache=str(folder / "cache")), length=32, seed=0)
+
+
+def test_a_weight_that_holds_for_less_than_a_row_is_refused(folder: Path) -> None:
+    short = {"a": 1.0, "b": {"weight": ((0, 0.0), (10, 5.0), (20, 0.0))}}
+    with pytest.raises(ConfigError, match=r"data\.mixture\.b\.weight: is above 0 for less than a row of 32 tokens"):
+        ready(folder, short)
+
+
+def test_bytes_of_all_sources_are_of_what_the_loss_counts(tmp_path: Path) -> None:
+    """Prompts are many and count for nothing: sources are pooled by their targets."""
+    asked = [{"question": "q" * 200, "answer": "a" * (1 + n % 3)} for n in range(60)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
+    write(tmp_path / "b.jsonl", "b", 60)
+    mixture = {
+        "asked": MixtureSource(source=str(tmp_path / "asked.jsonl"), field="answer", prompt_field="question"),
+        "plain": MixtureSource(source=str(tmp_path / "b.jsonl")),
+    }
+    config = DataConfig(mixture=mixture, tokenizer="bytes", held_out=0.3, cache=str(tmp_path / "cache"))
+    held = prepare(config, length=32, seed=0).held_out
+    assert held is not None
+    batch = read_rows(held.plan, held.store, range(held.plan.rows_per_epoch))
+    counted = batch["targets"][batch["loss_mask"]]
+    assert held.targets == len(counted)
+    assert held.bytes_per_target == pytest.approx((counted < 256).sum() / len(counted), rel=1e-12)
+    assert not (counted == ord("q")).any() and (counted == ord("a")).any()

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from launch import cli, tpu_pod
+from launch.jobs import tools as tool_calls
 from launch.jobs.gcloud import Pod, verdict
 from launch.jobs.job import Job
 from lm_jax.slices import slice_of
 from tests.support.stand_ins import NO_ACCOUNT, NO_SUCH_RESOURCE, QUOTA, SSH_FAILED, Answer, StandIns
 
 TRAIN = ["--", "python", "-m", "launch.train", "--config=configs/7b.py", "--workdir=gs://bucket/7b"]
-VERBS = ("create", "describe", "delete", "scp", "pip install", "nohup", "lm_jax_status", "tail")
-CREATE, DESCRIBE, DELETE, SCP, INSTALL, START, STATUS, LOG = VERBS
+VERBS = ("create", "describe", "delete", "scp", "pip install", "nohup", "lm_jax_status", "tail", "kill -TERM")
+CREATE, DESCRIBE, DELETE, SCP, INSTALL, START, STATUS, LOG, STOP = VERBS  # START stops as well: STOP goes last
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def workers(*said: str, times: int | None = 1) -> Answer:
 
 
 def willing(*verbs: str) -> list[Answer]:
-    return [Answer(verb, times=None) for verb in (INSTALL, START, CREATE, DELETE, SCP, LOG) if verb not in verbs]
+    return [Answer(verb, times=None) for verb in (INSTALL, START, CREATE, DELETE, SCP, LOG, STOP) if verb not in verbs]
 
 
 # ---------------------------------------------------------------------------------------------------------- as it goes
@@ -65,7 +66,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_job_goes_on(
     said = [workers("absent", "absent"), workers("running", "running", times=2), workers("absent", "absent")]
     tools.add("gcloud", *first, *then, *said, workers("0", "0"), *willing())
     assert run("up") == 0
-    started = [STATUS, SCP, INSTALL, START]
+    started = [STATUS, STOP, SCP, INSTALL, START]
     assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [
         *[CREATE, *started, STATUS, STATUS, DELETE],
         *[CREATE, *started, STATUS, DELETE],
@@ -102,7 +103,7 @@ def test_what_an_earlier_watch_left_on_a_kept_slice_is_started_again_with_the_co
     said = [workers("76", "75"), workers("0", "0")]
     tools.add("gcloud", state("ACTIVE", None), *said, *willing())
     assert run("up") == 0
-    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [STATUS, SCP, INSTALL, START, STATUS, DELETE]
+    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [STATUS, STOP, SCP, INSTALL, START, STATUS, DELETE]
 
 
 def test_a_worker_that_ssh_does_not_reach_is_tried_again(tools: StandIns, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +141,62 @@ def test_a_limit_of_requests_a_minute_passes(tools: StandIns) -> None:
     assert run("up") == 0
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough for a stand-in that answers, also on a busy machine."""
+    for limit in ("ASK", "CHANGE", "CARRY"):
+        monkeypatch.setattr(tool_calls, limit, 6.0)
+
+
+def at_work(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_gcloud_that_hangs_is_ended_with_all_that_it_started_and_asked_again(
+    tools: StandIns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hung = Answer(DESCRIBE, err="waiting for the network\n", hangs=True)
+    tools.add("gcloud", hung, state("ACTIVE", None), workers("running", "running"), workers("0", "0"), *willing())
+    assert run("up", "--keep") == 0
+    assert not any(map(at_work, tools.children()))
+    told = capsys.readouterr().err
+    assert "queued-resources describe failed\nno answer within 6 s; it was ended (tried 1 of 10 times)" in told
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_does_no_harm_twice_is_asked_for_again_where_no_answer_comes(
+    tools: StandIns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools.add("gcloud", Answer(DELETE, hangs=True), Answer(CREATE, hangs=True), *willing(CREATE))
+    assert run("delete") == 0
+    assert run("create") == 1  # it may have been made
+    assert tools.verbs(VERBS) == [DELETE, DELETE, CREATE]
+    assert "queued-resources create failed\nno answer within 6 s" in capsys.readouterr().err
+
+
+def test_a_job_is_stopped_before_its_files_are_replaced(tools: StandIns) -> None:
+    """Another job runs there under this name; the first attempt to copy fails."""
+    said = [workers("absent", "absent", times=2), workers("0", "0")]
+    failing = Answer(SCP, err=SSH_FAILED, status=1)
+    tools.add("gcloud", state("ACTIVE", None), *said, failing, *willing())
+    assert run("up", "--keep") == 0
+    assert [v for v in tools.verbs(VERBS) if v != DESCRIBE] == [
+        *[STATUS, STOP, SCP],
+        *[STATUS, STOP, SCP, INSTALL, START, STATUS],
+    ]
+
+
+def test_files_of_a_job_at_work_are_not_replaced(tools: StandIns, capsys: pytest.CaptureFixture[str]) -> None:
+    busy = "ERROR: a job is at work on these files\n##### Command execution on worker 0 failed with exit status 1.\n"
+    tools.add("gcloud", Answer(INSTALL, err=busy, status=1), *willing(INSTALL))
+    assert run("copy") == 2
+    assert "stop it first, it saves: python -m launch.tpu_pod stop" in capsys.readouterr().err
+    assert run("stop") == 0
+    assert tools.verbs(VERBS)[-1] == STOP
+
+
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
@@ -175,8 +232,8 @@ def test_who_is_not_logged_in_is_told_how(tools: StandIns, capsys: pytest.Captur
     [
         (["up"], "v5p:4x4x5", "the nearest that can: v5p:4x4x4 (v5p-128, 64 chips)"),
         (["up"], "tpu7x:4x4x4", "python -m launch.gke"),
-        (["start"], "v5p:2x2x2", "up, create, copy, run, follow, delete"),
-        ([], "v5p:2x2x2", "up, create, copy, run, follow, delete"),
+        (["start"], "v5p:2x2x2", "up, create, copy, run, stop, follow, delete"),
+        ([], "v5p:2x2x2", "up, create, copy, run, stop, follow, delete"),
         (["up", "--spot", "--reserved"], "v5p:2x2x2", "one or the other"),
     ],
 )
@@ -255,7 +312,7 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30
         )
-        return done.stdout
+        return done.stdout + done.stderr
 
     def status(of: Job | None = None) -> str:
         return on_worker(pod.status_command(of or now)).split()[1]
@@ -264,10 +321,6 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         until = time.monotonic() + 20
         while holds() and time.monotonic() < until:
             time.sleep(0.05)
-
-    def at_work(pid: int) -> bool:
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
     def said() -> list[str]:
         log = tmp_path / "lm.log"
@@ -284,13 +337,21 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     assert status() == "running"
     assert status(job(0)) == "absent"  # another job
     wait_while(lambda: len(said()) < 2)
-    now, first = job(0), int((tmp_path / "lm.pid").read_text())
+    now, first = job(60), int((tmp_path / "lm.pid").read_text())
     on_worker(pod.start_command(now, "id"))  # stops the one that runs
     assert not at_work(first)
+    wait_while(lambda: len(said()) < 4)
+    install, pid = pod.copy_commands(tmp_path, tmp_path)[-1], int((tmp_path / "lm.pid").read_text())
+    assert "a job is at work on these files" in on_worker(install)
+    assert at_work(pid) and (folder / "python").exists()
+    on_worker(pod.stop_command())
+    assert not at_work(pid) and status() == "absent"  # and not what it ended with: it can be started anew
+    now = job(0)
+    on_worker(pod.start_command(now, "id"))
     wait_while(lambda: status() == "running")
     assert status() == "75"
     log = said()
-    assert log[0] == "fetched" and log[:2] == log[2:]
+    assert log[0] == "fetched" and log[:2] == log[2:4] == log[4:]
     assert (
         "two words; $HOME -m launch.jobs.again --workdir=gs://b/x --job=id -- .venv/bin/python -m launch.train"
         in log[1]

@@ -11,7 +11,7 @@ import pytest
 
 from lm_jax.hlo import Collective
 from lm_jax.preflight.chips import CHIPS, Chip, target_of
-from lm_jax.preflight.roofline import Link, Time, links_of, seconds_of, step_time
+from lm_jax.preflight.roofline import Link, Time, attends_in_kernels, links_of, seconds_of, step_time
 
 PLAIN = Chip("TPU v5 lite", 2**34, memory_bandwidth=1e9, link=1e9, wraps=16, network=1e8)
 
@@ -48,6 +48,73 @@ def test_a_loop_s_body_counts_as_often_as_it_runs_and_reads_its_slice() -> None:
     moving = time_of(f, (32, 64), (layers, 64, 64), peak=1e15)
     least = 4 * (64 * 64 + 2 * 32 * 64)  # a layer's weight, what goes in and what comes out
     assert layers * least / 1e9 <= moving.memory < 4 * layers * least / 1e9
+
+
+def test_products_side_by_side() -> None:
+    def f(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum("bmk,bkn->bmn", x, y)
+
+    found = time_of(f, (16, 30, 50), (16, 50, 70), peak=1e6)
+    assert found.compute == pytest.approx(16 * 2 * 30 * 50 * 70 / 1e6)
+
+
+CUBLAS = """HloModule m
+
+ENTRY %main (a: bf16[8,300,500], b: bf16[8,500,700]) -> bf16[8,300,700] {
+  %a = bf16[8,300,500]{2,1,0} parameter(0)
+  %b = bf16[8,500,700]{2,1,0} parameter(1)
+  %both = (bf16[8,300,700]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %out = bf16[8,300,700]{2,1,0} get-tuple-element(%both), index=0
+}
+"""  # noqa: E501 (a compiler's lines)
+
+
+def test_a_gpu_library_s_product_takes_its_flops() -> None:
+    found = step_time(CUBLAS, [], PLAIN, 1e6, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert found.compute == pytest.approx(8 * 2 * 300 * 500 * 700 / 1e6)
+    assert not attends_in_kernels(CUBLAS)
+    assert attends_in_kernels(CUBLAS.replace("__cublas$lt$matmul", "__cudnn$fmhaSoftmax"))
+
+
+STACKS = """HloModule m
+
+%cut (s: bf16[40,64,64], i: s32[]) -> bf16[64,64] {
+  %s = bf16[40,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %flat = bf16[64,64]{1,0} bitcast(%slice)
+}
+
+%work (x: bf16[64,64], read: bf16[40,64,64], put: bf16[40,64,64], on: f32[1000], n: s32[]) -> (bf16[40,64,64], f32[1000]) {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %read = bf16[40,64,64]{2,1,0} parameter(1)
+  %put = bf16[40,64,64]{2,1,0} parameter(2)
+  %on = f32[1000]{0} parameter(3)
+  %n = s32[] parameter(4)
+  %zero2 = s32[] constant(0)
+  %here = bf16[64,64]{1,0} fusion(%read, %n), kind=kLoop, calls=%cut
+  %sum = bf16[64,64]{1,0} add(%x, %here)
+  %one = bf16[1,64,64]{2,1,0} bitcast(%sum)
+  %into = bf16[40,64,64]{2,1,0} dynamic-update-slice(%put, %one, %n, %zero2, %zero2)
+  ROOT %out = (bf16[40,64,64]{2,1,0}, f32[1000]{0}) tuple(%into, %on)
+}
+
+ENTRY %main (a: bf16[64,64], b: bf16[40,64,64], c: bf16[40,64,64], d: f32[1000], e: s32[]) -> (bf16[40,64,64], f32[1000]) {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %b = bf16[40,64,64]{2,1,0} parameter(1)
+  %c = bf16[40,64,64]{2,1,0} parameter(2)
+  %d = f32[1000]{0} parameter(3)
+  %e = s32[] parameter(4)
+  ROOT %all = (bf16[40,64,64]{2,1,0}, f32[1000]{0}) fusion(%a, %b, %c, %d, %e), kind=kOutput, calls=%work
+}
+"""  # noqa: E501 (a compiler's lines)
+
+
+def test_of_a_stack_only_what_is_cut_or_put_is_moved() -> None:
+    """Also in a fusion inside a fusion, and among several results, of which one is an operand handed on."""
+    time = step_time(STACKS, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)  # x, what is cut, what is put; the index
 
 
 def sent(bytes_: int, overlaps: bool, loop: str = "") -> Collective:

@@ -56,6 +56,7 @@ class Answer:
       err: for stderr.
       status: to exit with.
       times: that it is good for; None: always.
+      hangs: whether it then does not end, nor does a process that it has started and that holds its stderr.
     """
 
     pattern: str
@@ -63,11 +64,12 @@ class Answer:
     err: str = ""
     status: int = 0
     times: int | None = 1
+    hangs: bool = False
 
 
 _SOURCE = """\
 #!{python}
-import fcntl, json, re, sys
+import fcntl, json, re, subprocess, sys
 given = "" if sys.stdin.isatty() else sys.stdin.read()
 with open({lock!r}, "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,6 +84,10 @@ with open({lock!r}, "w") as lock:
     json.dump(answers, open({answers!r}, "w"))
 sys.stdout.write(found["out"])
 sys.stderr.write(found["err"])
+if found["hangs"]:
+    child = subprocess.Popen(["sleep", "600"])
+    open({calls!r} + ".children", "a").write(f"{{child.pid}}\\n")
+    child.wait()
 sys.exit(found["status"])
 """
 
@@ -111,6 +117,10 @@ class StandIns:
         """What was asked: tool, words, given (the standard input)."""
         lines = self._calls.read_text().splitlines() if self._calls.exists() else []
         return [call for line in lines if tool in (None, (call := json.loads(line))["tool"])]
+
+    def children(self) -> list[int]:
+        """Of the tools that hung: the processes that they had started."""
+        return [int(line) for line in Path(f"{self._calls}.children").read_text().split()]
 
     def verbs(self, known: Sequence[str]) -> list[str]:
         """The calls as words of `known`: of each the first that it matches."""

@@ -266,8 +266,8 @@ def test_values_of_an_evaluation() -> None:
     assert values == pytest.approx({"eval_loss": 4 * math.log(2), "perplexity": 16.0, "bits_per_byte": 2.0})
     assert evaluation_values(2.0, 2, name="wiki") == {"wiki/eval_loss": 1.0, "wiki/perplexity": pytest.approx(math.e)}
     assert evaluation_values(1e6, 1)["perplexity"] == math.inf
-    with pytest.raises(ValueError):
-        evaluation_values(0.0, 0)
+    with pytest.raises(UserError, match="an evaluation of wiki counted no target"):
+        evaluation_values(0.0, 0, name="wiki")
 
 
 def test_an_object_store_gets_records_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

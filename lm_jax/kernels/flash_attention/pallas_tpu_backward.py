@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
 from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Gradients
-from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
+from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E, VMEM_BYTES
 from lm_jax.kernels.flash_attention.pallas_tpu_work import two_lists
 
 Array = jax.Array
@@ -195,7 +195,7 @@ def _call_kernel(
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=100 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="flash_attention_backward",

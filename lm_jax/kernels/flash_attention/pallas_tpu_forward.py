@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lm_jax.kernels.flash_attention import pallas_tpu_mask as masks
 from lm_jax.kernels.flash_attention.bias import Slopes
 from lm_jax.kernels.flash_attention.implementation import Call
-from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E
+from lm_jax.kernels.flash_attention.pallas_tpu_mask import LANES, LOG2E, VMEM_BYTES
 from lm_jax.kernels.flash_attention.pallas_tpu_work import two_lists
 
 Array = jax.Array
@@ -161,7 +161,7 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
         out_shape=[_shape(q.shape, call.q_BTNH.dtype, q), _shape((B, N, 1, T), jnp.float32, q)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=100 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="flash_attention_forward",

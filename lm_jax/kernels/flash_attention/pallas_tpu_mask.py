@@ -17,6 +17,7 @@ from lm_jax.kernels.flash_attention.mask import AttentionMask, Pattern
 
 Array = jax.Array
 LANES = 128
+VMEM_BYTES = 100 * 2**20  # of a chip's fast memory, that a kernel may take
 LOG2E = 1.4426950408889634
 Q_OFFSET, PREFIX_LENGTH, KV_LENGTH = range(3)  # the columns of `scalars_B3`
 
