@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_jax.corpus import gopher, web
+from lm_jax.corpus import gopher, web, words
 
 if TYPE_CHECKING:
     from lm_jax.corpus.config import CleaningConfig
@@ -74,12 +74,14 @@ def html(document: Document, c: CleaningConfig) -> str | Dropped:
 
 # Controls but tab and line feed, the byte order mark, noncharacters.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
-_LINE_ENDS = re.compile("\r\n?|\u2028|\x85")
+_LINE_ENDS = re.compile("\r\n?|[\u2028\x85\x0b\x0c\x1c-\x1e]")
 
 
 def unicode(document: Document, c: CleaningConfig) -> str | Dropped:
     """NFC (Unicode Annex 15), line feeds for line ends, no control characters. What decoding has spoilt is dropped."""
     text = document.text
+    if words.has_many_marks(text):
+        return Dropped(f"more than {words.MOST_MARKS} combining marks in a row")
     if _CONTROLS.search(text) or "\u2028" in text or "\u2029" in text:
         text = _LINE_ENDS.sub("\n", text).replace("\u2029", "\n\n")
         text, n = _CONTROLS.subn("", text)

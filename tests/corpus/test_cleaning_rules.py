@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -41,6 +42,7 @@ def test_prose_goes_through_every_rule_unchanged(rule: str) -> None:
         ("one\u2028two\u2029three", "one\ntwo\n\nthree"),
         ("\x85next line", "\nnext line"),
         ("가", "가"),
+        ("page\x0cFirst\x0bsecond\x1cthird", "page\nFirst\nsecond\nthird"),
     ],
 )
 def test_unicode_is_put_in_order(text: str, after: str) -> None:
@@ -62,6 +64,13 @@ def test_what_decoding_has_spoilt_is_dropped() -> None:
     assert apply("unicode", "a" * 98 + "\ufffd\ufffd")[0] == Dropped("spoilt by decoding (U+FFFD)")
     assert apply("unicode", "a" * 99 + "\ufffd")[0] == "a" * 99 + "\ufffd"
     assert isinstance(apply("unicode", " \n\t")[0], Dropped)
+
+
+def test_endless_combining_marks_are_dropped_before_they_are_put_in_order() -> None:
+    start = time.monotonic()
+    found = apply("unicode", "a" + "\u0300\u0316" * 100_000)[0]
+    assert found == Dropped("more than 100 combining marks in a row") and time.monotonic() - start < 2
+    assert isinstance(apply("unicode", "a" + "\u0300\u0316" * 50)[0], str)
 
 
 # ------------------------------------------------------------------------------------------------------------ language
