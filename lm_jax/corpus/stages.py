@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, inputs, minhash, readers
+from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, minhash, readers
 from lm_jax.corpus import words as W
 from lm_jax.corpus.config import PrepareConfig
 from lm_jax.corpus.folders import Plan, Text
@@ -99,7 +99,7 @@ def check(c: PrepareConfig) -> None:
       ConfigError: where it is not there, or cannot be used.
     """
     for name, source in c.decontamination.sets.items():
-        inputs.find((source,), f"decontamination.sets.{name}")
+        decontamination.find(source, f"decontamination.sets.{name}")
     if c.tokens.tokenizer not in ("bytes", "sentencepiece"):
         tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, "tokens.tokenizer")
 
@@ -112,7 +112,7 @@ def tasks_of(plan: Plan, stage: str) -> int:
 
 
 def _index(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
-    return {"sets": decontamination.build(plan.config.decontamination, folder)}
+    return {"sets": decontamination.build(plan.config.decontamination, folder, plan.config.cleaning)}
 
 
 # --------------------------------------------------------------------------------------------------------------- clean
