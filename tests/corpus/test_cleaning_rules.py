@@ -139,6 +139,17 @@ def test_repeated_lines_and_paragraphs_go_but_short_ones_stay() -> None:
         ("+49 (30) 901820-12", "+49 (30) 901820-12"),
         ("2012-10-2020, 1,234,567, 3.14159265", "2012-10-2020, 1,234,567, 3.14159265"),
         ("ISBN 978-0-13-110362-7, 555-0123", "ISBN 978-0-13-110362-7, 555-0123"),
+        ("邮箱joe@x.com请写，地址8.8.8.8在", f"邮箱{MAIL}请写，地址{IPV4}在"),
+        ("地址2606:4700:4700::1111在，電話+81 3 1234 5678です", f"地址{IPV6}在，電話{PHONE}です"),
+        ("josé@x.com, info@müller.de", f"{MAIL}, {MAIL}"),
+        ("at ::ffff:8.8.8.8, not ::ffff:10.0.0.1", f"at {IPV6}, not ::ffff:10.0.0.1"),
+        ("?name=joe@x.com&y=1 foo/joe@x.com", f"?name={MAIL}&y=1 foo/{MAIL}"),
+        ("git@github.com:foo/bar, git@a.host.org:x.git", "git@github.com:foo/bar, git@a.host.org:x.git"),
+        ("ssh://git@github.com/foo", "ssh://git@github.com/foo"),
+        ("joe@x.com: hello", f"{MAIL}: hello"),
+        ("dead::beef and add::face", "dead::beef and add::face"),
+        ("version 1.2.3.4, v1.2.3.4, v. 1.2.3.4", "version 1.2.3.4, v1.2.3.4, v. 1.2.3.4"),
+        ("Section 4.3.2.1 and § 4.3.2.1", "Section 4.3.2.1 and § 4.3.2.1"),
     ],
 )
 def test_personal_data_is_replaced_and_nothing_else(text: str, after: str) -> None:
