@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm_jax.corpus.config import CleaningConfig
 from lm_jax.corpus.rules import IPV4, IPV6, MAIL, PHONE, RULES, UNKNOWN, Document, Dropped, identify
+from lm_jax.errors import ConfigError
 from tests.corpus.texts import prose
 
 C = CleaningConfig()
@@ -193,3 +195,23 @@ def test_the_main_text_of_a_page_is_kept_without_its_menus() -> None:
 @pytest.mark.parametrize("page", ["", "<html></html>", "<<<>>>", "\x00"])
 def test_a_page_without_text_is_dropped(page: str) -> None:
     assert isinstance(apply("html", page, markup=True)[0], Dropped)
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_words": -1},
+        {"min_word_length": -0.5},
+        {"max_word_length": float("nan")},
+        {"max_symbols": -0.1},
+        {"c4_word_characters": -1},
+        {"min_words": 60, "max_words": 50},
+        {"min_word_length": 5.0, "max_word_length": 4.0},
+    ],
+)
+def test_limits_that_keep_nothing_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"cleaning.{next(iter(limits))}"):
+        CleaningConfig(**limits)
