@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-BUCKET = 2**23  # hashes that are sorted at a time: 64 MB, and as much again for sorting
+BUCKET = 2**22  # hashes that are sorted at a time: 32 MB, as much for their texts, and that again for sorting
 
 
 def line_hashes(text: str, shortest: int) -> tuple[list[int], np.ndarray]:
@@ -25,24 +25,38 @@ def line_hashes(text: str, shortest: int) -> tuple[list[int], np.ndarray]:
     return numbers, np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def frequent(sorted_hashes: Sequence[np.ndarray], more_than: int) -> np.ndarray:
-    """The hashes that occur more often than `more_than` times in all arrays together `[..]` uint64, sorted.
+def frequent(sorted_hashes: Sequence[np.ndarray], texts: Sequence[np.ndarray], more_than: int) -> np.ndarray:
+    """The hashes of lines that more than `more_than` different texts have `[..]` uint64, sorted.
 
+    Copies of a text count as one: a document that is mirrored often enough would lose all its lines, in all copies.
     Memory is that of a bucket, however many hashes there are.
 
     Args:
       sorted_hashes: each sorted; a hash stands in it once for each document.
+      texts: of each hash the digest, as a number, of the document that it is of.
     """
     total = sum(map(len, sorted_hashes))
     count = -(-total // BUCKET) or 1
     found = []
     for low, high in _ranges(count):
-        chunk = np.concatenate([a[slice(*np.searchsorted(a, (low, high)))] for a in sorted_hashes] or [_NONE])
-        if high == _LAST:
-            chunk = np.concatenate([chunk, *(a[np.searchsorted(a, high) :] for a in sorted_hashes)])
-        values, counts = np.unique(chunk, return_counts=True)
+        lines, of = [_NONE], [_NONE]
+        for hashes, digests in zip(sorted_hashes, texts, strict=True):
+            start, stop = np.searchsorted(hashes, (low, high))
+            within = slice(start, None if high == _LAST else stop)
+            lines.append(hashes[within])
+            of.append(digests[within])
+        values, counts = _different(np.concatenate(lines), np.concatenate(of))
         found.append(values[counts > more_than])
     return np.concatenate(found)
+
+
+def _different(lines: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each line, and how many different texts it stands beside."""
+    order = np.lexsort((texts, lines))
+    lines, texts = lines[order], texts[order]
+    new = np.ones(len(lines), bool)
+    new[1:] = (lines[1:] != lines[:-1]) | (texts[1:] != texts[:-1])
+    return np.unique(lines[new], return_counts=True)
 
 
 _NONE = np.zeros(0, np.uint64)

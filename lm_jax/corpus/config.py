@@ -107,8 +107,15 @@ class CleaningConfig:
         shares = ("language_confidence", "max_replaced", "max_bullet_lines", "max_ellipsis_lines")
         for name in (*shares, "min_alphabetic_words"):
             _within(f"cleaning.{name}", getattr(self, name), 0.0, 1.0)
-        for name in ("min_words", "min_stop_words", "c4_line_words", "c4_sentences", "repeated_line_characters"):
+        counts = ("min_words", "max_words", "min_stop_words", "c4_line_words", "c4_sentences", "c4_word_characters")
+        sizes = ("min_word_length", "max_word_length", "max_symbols", "repeated_line_characters")
+        for name in (*counts, *sizes):
             _within(f"cleaning.{name}", getattr(self, name), 0, 2**31)
+        for least, most in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low > high:
+                problem = f"{low} is above cleaning.{most}, which is {high}: no document would be kept"
+                raise ConfigError(f"cleaning.{least}", problem, f"give {high} or less, or a larger cleaning.{most}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

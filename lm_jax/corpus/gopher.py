@@ -87,7 +87,7 @@ def repetition(text: str) -> str:
         return "nothing but white space"
     for what, parts, most, most_characters in (
         ("paragraphs", re.split(r"\n{2,}", text.strip()), PARAGRAPHS, PARAGRAPH_CHARACTERS),
-        ("lines", re.split(r"\n+", text), LINES, LINE_CHARACTERS),
+        ("lines", re.split(r"\n+", text.strip("\n")), LINES, LINE_CHARACTERS),
     ):
         repeated, characters = duplicates(parts)
         if repeated > most * len(parts):

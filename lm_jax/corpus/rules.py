@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_jax.corpus import gopher, web
+from lm_jax.corpus import gopher, web, words
 
 if TYPE_CHECKING:
     from lm_jax.corpus.config import CleaningConfig
@@ -74,12 +74,14 @@ def html(document: Document, c: CleaningConfig) -> str | Dropped:
 
 # Controls but tab and line feed, the byte order mark, noncharacters.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
-_LINE_ENDS = re.compile("\r\n?|\u2028|\x85")
+_LINE_ENDS = re.compile("\r\n?|[\u2028\x85\x0b\x0c\x1c-\x1e]")
 
 
 def unicode(document: Document, c: CleaningConfig) -> str | Dropped:
     """NFC (Unicode Annex 15), line feeds for line ends, no control characters. What decoding has spoilt is dropped."""
     text = document.text
+    if words.has_many_marks(text):
+        return Dropped(f"more than {words.MOST_MARKS} combining marks in a row")
     if _CONTROLS.search(text) or "\u2028" in text or "\u2029" in text:
         text = _LINE_ENDS.sub("\n", text).replace("\u2029", "\n\n")
         text, n = _CONTROLS.subn("", text)
@@ -165,18 +167,29 @@ def _first_of_each(document: Document, separator: str, name: str, shortest: int)
 
 # What stands in for an address: names and numbers that are reserved for documentation and belong to nobody (RFC 2606,
 # RFC 5737, RFC 3849, the 555-01xx numbers of the North American plan). The same for all: a rule keeps no state.
+# Letters are those of Latin: in Chinese or Japanese an address stands between ideographs without a space.
+_L = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+_W = f"{_L}0-9_"
 _MAIL = re.compile(
-    r"(?<![\w.+\-/@])[A-Za-z0-9][A-Za-z0-9!#$%&'*+/=?^_`{|}~.\-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+"
-    r"[A-Za-z]{2,24}(?![\w@])"
+    rf"(?<![{_W}.+\-@])(?<!://)[{_L}0-9][{_L}0-9!#$'*+^_`{{|}}~.\-]{{0,63}}@"
+    rf"(?>(?:[{_L}0-9](?:[{_L}0-9\-]{{0,61}}[{_L}0-9])?\.)+[A-Za-z]{{2,24}}(?![{_W}@]))"
+    r"(?!:[\w.~\-]*/|:[\w.\-]+\.git)"  # git@host.com:folder/name is where a program lies
 )
-_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+_DOTTED = r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}"
+_IPV4 = re.compile(rf"(?<![{_W}.]){_DOTTED}(?![{_W}]|\.[0-9])")
+_IPV6 = re.compile(rf"(?<![{_W}:.])(?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:{_DOTTED}|[0-9A-Fa-f]{{0,4}})(?![{_W}:]|\.[0-9])")
+# Of what four numbers with dots between them are no address.
+_NUMBERED = re.compile(
+    r"(?:\b(?:versions?|ver|vers|v|releases?|rev|revision|build|sections?|sect?|chapters?|clauses?|articles?|paragraphs?"
+    r"|para|tables?|figures?|fig|appendix|annex)\b|§)[\s.:#=]*$",
+    re.IGNORECASE,
+)
 _PHONE = re.compile(
-    r"(?<![\w.\-+/=])(?:"
-    r"\+\d{1,3}[ .\-]?(?:\(\d{1,4}\)[ .\-]?)?\d{1,4}(?:[ .\-]?\d{2,4}){2,4}"  # E.164, in groups
-    r"|(?:1[ .\-])?\(\d{3}\) ?\d{3}[ .\-]\d{4}"  # (212) 555-0123
-    r"|(?:1[.\-])?\d{3}([.\-])\d{3}\1\d{4}"  # 212-555-0123
-    r")(?![\w\-]|\.\d)"
+    rf"(?<![{_W}.\-+/=])(?:"
+    r"\+[0-9]{1,3}[ .\-]?(?:\([0-9]{1,4}\)[ .\-]?)?[0-9]{1,4}(?:[ .\-]?[0-9]{2,4}){2,4}"  # E.164, in groups
+    r"|(?:1[ .\-])?\([0-9]{3}\) ?[0-9]{3}[ .\-][0-9]{4}"  # (212) 555-0123
+    r"|(?:1[.\-])?[0-9]{3}([.\-])[0-9]{3}\1[0-9]{4}"  # 212-555-0123
+    rf")(?![{_W}\-]|\.[0-9])"
 )
 MAIL, IPV4, IPV6, PHONE = "someone@example.com", "192.0.2.1", "2001:db8::1", "+1 202-555-0100"
 
@@ -192,9 +205,9 @@ def personal_data(document: Document, c: CleaningConfig) -> str | Dropped:
         text, n = _MAIL.subn(MAIL, text)
         document.pieces["mail addresses replaced"] += n
     if c.ip:
-        text = _IPV4.sub(functools.partial(_address, document, IPV4), text)
-        if text.count(":") > 1:
+        if text.count(":") > 1:  # first, as one of these may end in one of those
             text = _IPV6.sub(functools.partial(_address, document, IPV6), text)
+        text = _IPV4.sub(functools.partial(_address, document, IPV4), text)
     if c.phone:
         text = _PHONE.sub(functools.partial(_phone, document), text)
     return text
@@ -203,12 +216,27 @@ def personal_data(document: Document, c: CleaningConfig) -> str | Dropped:
 def _address(document: Document, substitute: str, match: re.Match[str]) -> str:
     found = match.group()
     try:
-        # `1::2` is an address, and much more often a slice in a program.
-        public = ipaddress.ip_address(found).is_global and ("." in found or max(map(len, found.split(":"))) >= 3)
+        public = _is_public(found)
     except ValueError:
         public = False
+    if public and ":" not in found:
+        public = not _NUMBERED.search(match.string[max(match.start() - 24, 0) : match.start()])
     document.pieces["IP addresses replaced"] += public
     return substitute if public else found
+
+
+def _is_public(found: str) -> bool:
+    """Whether text is an address, and of a machine that all can reach."""
+    address = ipaddress.ip_address(found)
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global
+    if address.ipv4_mapped:
+        return address.ipv4_mapped.is_global
+    # `1::2` is an address, and much more often a slice in a program; `dead::beef` is a name.
+    groups = [group for group in found.split(":") if group]
+    if max(map(len, groups), default=0) < 3 or (len(groups) < 3 and not any(c.isdigit() for c in found)):
+        return False
+    return address.is_global and not address.is_reserved
 
 
 def _phone(document: Document, match: re.Match[str]) -> str:

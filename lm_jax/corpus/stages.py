@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, inputs, minhash, readers
+from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, minhash, readers
 from lm_jax.corpus import words as W
 from lm_jax.corpus.config import PrepareConfig
 from lm_jax.corpus.folders import Plan, Text
@@ -99,7 +99,7 @@ def check(c: PrepareConfig) -> None:
       ConfigError: where it is not there, or cannot be used.
     """
     for name, source in c.decontamination.sets.items():
-        inputs.find((source,), f"decontamination.sets.{name}")
+        decontamination.find(source, f"decontamination.sets.{name}")
     if c.tokens.tokenizer not in ("bytes", "sentencepiece"):
         tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, "tokens.tokenizer")
 
@@ -112,7 +112,7 @@ def tasks_of(plan: Plan, stage: str) -> int:
 
 
 def _index(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
-    return {"sets": decontamination.build(plan.config.decontamination, folder)}
+    return {"sets": decontamination.build(plan.config.decontamination, folder, plan.config.cleaning)}
 
 
 # --------------------------------------------------------------------------------------------------------------- clean
@@ -123,7 +123,7 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     read = ledger.step("read")
     for name in c.cleaning.rules:  # in their order, also where no document comes so far
         ledger.step(name)
-    hashes = []
+    lines, texts = [_NONE], [_NONE]
     with folders.Documents(folder) as kept:
         for piece in plan.parts[task]:
             for found in readers.read(piece, c.raw):
@@ -135,12 +135,25 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
                 read.keep(size, size)
                 ledger.histogram("read").add(size, "")
                 if _apply_rules(found, size, plan, ledger):
-                    kept.write(Text(found.text, found.origin, found.language))
+                    document = Text(found.text, found.origin, found.language)
+                    kept.write(document)
                     if c.lines.max_documents:
-                        hashes.append(np.unique(boilerplate.line_hashes(found.text, c.lines.min_characters)[1]))
+                        lines.append(np.unique(boilerplate.line_hashes(found.text, c.lines.min_characters)[1]))
+                        digest = np.frombuffer(_digest(document)[:8], "<u8").astype(np.uint64)
+                        texts.append(np.repeat(digest, len(lines[-1])))
     if c.lines.max_documents:
-        np.save(folder / "lines", np.sort(np.concatenate(hashes or [np.zeros(0, np.uint64)])))
+        flat = np.concatenate(lines)
+        order = np.argsort(flat, kind="stable")
+        np.save(folder / "lines", flat[order])
+        np.save(folder / "texts", np.concatenate(texts)[order])
     return {}
+
+
+_NONE = np.zeros(0, np.uint64)
+
+
+def _digest(document: Text) -> bytes:
+    return hashlib.blake2b(document.data, digest_size=16).digest()
 
 
 def _apply_rules(document: Document, size: int, plan: Plan, ledger: Ledger) -> bool:
@@ -178,7 +191,8 @@ def _apply_rules(document: Document, size: int, plan: Plan, ledger: Ledger) -> b
 
 def _lines(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     arrays = list(folders.arrays(plan, "clean", "lines"))
-    found = boilerplate.frequent(arrays, plan.config.lines.max_documents)
+    texts = list(folders.arrays(plan, "clean", "texts"))
+    found = boilerplate.frequent(arrays, texts, plan.config.lines.max_documents)
     np.save(folder / "frequent", found)
     return {"lines": int(sum(map(len, arrays))), "frequent": len(found)}
 
@@ -196,7 +210,7 @@ def _sign(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     signatures: list[np.ndarray] = []
     with folders.Documents(folder) as kept:
         for documents, words, offsets in _signed(plan, task, ledger):
-            fresh = [hashlib.blake2b(document.data, digest_size=16).digest() for document in documents]
+            fresh = [_digest(document) for document in documents]
             for document in documents:
                 kept.write(document)
                 hash_, size = text_hash(document.text)
@@ -409,7 +423,8 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
 
     final = plan.out / name
     with folders.whole(final) as shard:
-        manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=plan.config.tokens.altered_documents)
+        altered, key = plan.config.tokens.altered_documents, "tokens.altered_documents"
+        manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=altered, altered_key=key)
     return {"shard": name, "manifest": manifest}
 
 

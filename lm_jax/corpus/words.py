@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,57 @@ def _classes(kind: str) -> np.ndarray:
     if kind == "alnum":
         for low, high in _SPACELESS:
             every[low:high] *= _ALONE
+        # A vowel sign or an accent does not end a word. Where each character is one, marks do not count.
+        spaceless = np.zeros(len(every), bool)
+        for low, high in _SPACELESS:
+            spaceless[low:high] = True
+        marks = np.array([c for c in range(_ASSIGNED) if unicodedata.category(chr(c)) in MARKS])
+        every[marks[~spaceless[marks]]] = _PART
     return every
+
+
+MARKS = ("Mn", "Mc", "Me")  # combining marks, of the general categories of Unicode
+MOST_MARKS = 100  # in a row; no script has as many as ten
+_MARK, _UNSEEN = 1, 2
+
+
+@functools.cache
+def _kinds() -> np.ndarray:
+    """For each code point whether it is a combining mark, or what nobody sees: soft hyphens, zero widths, directions
+    (Cf), variation selectors."""
+    kinds = np.zeros(sys.maxunicode + 1, np.uint8)
+    for c in (*range(_ASSIGNED), *range(0xE0000, 0xE0200)):
+        category = unicodedata.category(chr(c))
+        kinds[c] = _UNSEEN if category == "Cf" else _MARK if category in MARKS else 0
+    kinds[0xFE00:0xFE10] = kinds[0xE0100:0xE01F0] = _UNSEEN
+    return kinds
+
+
+def _many(marks: np.ndarray) -> np.ndarray:
+    """Where runs of more than `MOST_MARKS` marks begin and end `[runs, 2]`."""
+    edges = np.flatnonzero(np.diff(marks.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    return edges[edges[:, 1] - edges[:, 0] > MOST_MARKS]
+
+
+def has_many_marks(text: str) -> bool:
+    """Whether more combining marks stand in a row than any script has: NFC takes the square of their number."""
+    return not text.isascii() and len(_many(np.take(_kinds(), codes(text)) == _MARK)) > 0
+
+
+def _folded(text: str) -> str:
+    """A text as it is compared: lower case, NFC, without what nobody sees."""
+    text = text.lower()
+    if text.isascii():
+        return text
+    points = codes(text)
+    kinds = np.take(_kinds(), points)
+    if kinds.any():
+        keep = kinds != _UNSEEN
+        points, marks = points[keep], kinds[keep] == _MARK
+        if len(many := _many(marks)):
+            points = np.delete(points, np.concatenate([np.arange(*run) for run in many]))
+        text = points.tobytes().decode("utf-32-le")
+    return unicodedata.normalize("NFC", text)
 
 
 @functools.cache
@@ -96,18 +147,19 @@ def by_space(text: str) -> Words:
 
 
 def normalised(text: str) -> Words:
-    """Words as runs of letters and digits, in lower case, without what stands between: what two texts share if they
-    differ in layout, case and punctuation alone. In scripts without spaces each character is one."""
-    return _split(codes(text.lower()), "alnum")
+    """Words as runs of letters, their marks and digits, in lower case, without what stands between: what two texts
+    share if they differ in layout, case, punctuation and the form of Unicode alone. In scripts without spaces each
+    character is one. Places are counted in the text that is compared (`_folded`)."""
+    return _split(codes(_folded(text)), "alnum")
 
 
 def normalised_batch(texts: Sequence[str]) -> tuple[Words, np.ndarray]:
     """`normalised` of many texts at once: their words behind each other, counted in characters from each text's own
     start, and the number of the first word of each text `[texts + 1]`."""
-    lower = [text.lower() for text in texts]
-    found = _split(codes("\n".join(lower)), "alnum")
-    begins = np.zeros(len(lower) + 1, np.int64)
-    np.cumsum([len(text) + 1 for text in lower], out=begins[1:])
+    folded = [_folded(text) for text in texts]
+    found = _split(codes("\n".join(folded)), "alnum")
+    begins = np.zeros(len(folded) + 1, np.int64)
+    np.cumsum([len(text) + 1 for text in folded], out=begins[1:])
     offsets = np.searchsorted(found.starts, begins)
     shift = np.repeat(begins[:-1], np.diff(offsets))
     return Words(found.starts - shift, found.ends - shift, found.hashes), offsets

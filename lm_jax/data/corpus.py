@@ -163,6 +163,9 @@ def hold_out(hashes: np.ndarray, share: float, label: str = "the source") -> np.
 # ----------------------------------------------------------------------------------------------------------- tokenising
 
 
+ALTERED_KEY = "data.altered_documents"
+
+
 @dataclasses.dataclass
 class _Job:
     """What has been written, and what happened to documents and tokens. Tokens out are counted by the writer."""
@@ -170,6 +173,7 @@ class _Job:
     writer: Writer
     bad: str  # refuse or drop
     refuse_altered: bool
+    altered_key: str  # the config key that says so
     dropped: collections.Counter[str]
     sides: list[int] = dataclasses.field(default_factory=list)  # of the documents that were written, in `SIDES`
     bytes: list[int] = dataclasses.field(default_factory=list)
@@ -222,6 +226,7 @@ def write_tokens(
     *,
     bad: str,
     altered: str,
+    altered_key: str = ALTERED_KEY,
     dropped: Mapping[str, int] = types.MappingProxyType({}),
     with_test: bool = False,
     advance: Callable[[int], None] = ignore,
@@ -234,6 +239,7 @@ def write_tokens(
       directory: of the store.
       bad: "refuse" or "drop" for a document that spells the boundary.
       altered: "refuse" stops at the first document that the ids do not give back, "accept" counts them.
+      altered_key: the config key that says so, for messages.
       dropped: what was left out before, by reason.
       with_test: whether the store tells which documents are on the side "test".
       advance: is told how many more characters are done.
@@ -245,7 +251,7 @@ def write_tokens(
       UserError: names the origin of a text that the tokenizer cannot encode, or does not give back.
     """
     writer = Writer(directory, tokenizer.vocab_size)
-    job = _Job(writer, bad, altered == "refuse", collections.Counter(dropped))
+    job = _Job(writer, bad, altered == "refuse", altered_key, collections.Counter(dropped))
     for batch in _batches(entries):
         _tokenise_batch(batch, _encode(batch, tokenizer, advance), tokenizer, job)
     manifest = _manifest(job)
@@ -295,7 +301,7 @@ def _tokenise_batch(batch: list[Entry], encoded: list[list[np.ndarray]], tokeniz
             if not tokenizer.exact and (back := tokenizer.decode(inner)) != document.text:
                 difference = first_difference(document.text, back)
                 if job.refuse_altered:
-                    raise altered_document(document.origin, difference)
+                    raise altered_document(document.origin, difference, job.altered_key)
                 job.altered += 1
                 job.first_altered = job.first_altered or f"{document.origin}: {difference}"
 
@@ -308,12 +314,12 @@ def first_difference(text: str, back: str) -> str:
     return f"character {at:,}, {there!r}, comes back as {instead!r}"
 
 
-def altered_document(origin: str, difference: str) -> UserError:
-    """What is said of a text that a tokenizer does not give back."""
+def altered_document(origin: str, difference: str, key: str = ALTERED_KEY) -> UserError:
+    """What is said of a text that a tokenizer does not give back; `key` is the config key that accepts it."""
     return UserError(
         f"{origin}: the tokenizer does not give the text back: {difference}\n"
         "use a tokenizer that does (byte-level, or with byte fallback and without normalisation), or set\n"
-        'data.altered_documents="accept" to train on such text and count it'
+        f'{key}="accept" to train on such text and count it'
     )
 
 

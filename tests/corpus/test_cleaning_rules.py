@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm_jax.corpus.config import CleaningConfig
 from lm_jax.corpus.rules import IPV4, IPV6, MAIL, PHONE, RULES, UNKNOWN, Document, Dropped, identify
+from lm_jax.errors import ConfigError
 from tests.corpus.texts import prose
 
 C = CleaningConfig()
@@ -41,6 +44,7 @@ def test_prose_goes_through_every_rule_unchanged(rule: str) -> None:
         ("one\u2028two\u2029three", "one\ntwo\n\nthree"),
         ("\x85next line", "\nnext line"),
         ("가", "가"),
+        ("page\x0cFirst\x0bsecond\x1cthird", "page\nFirst\nsecond\nthird"),
     ],
 )
 def test_unicode_is_put_in_order(text: str, after: str) -> None:
@@ -62,6 +66,13 @@ def test_what_decoding_has_spoilt_is_dropped() -> None:
     assert apply("unicode", "a" * 98 + "\ufffd\ufffd")[0] == Dropped("spoilt by decoding (U+FFFD)")
     assert apply("unicode", "a" * 99 + "\ufffd")[0] == "a" * 99 + "\ufffd"
     assert isinstance(apply("unicode", " \n\t")[0], Dropped)
+
+
+def test_endless_combining_marks_are_dropped_before_they_are_put_in_order() -> None:
+    start = time.monotonic()
+    found = apply("unicode", "a" + "\u0300\u0316" * 100_000)[0]
+    assert found == Dropped("more than 100 combining marks in a row") and time.monotonic() - start < 2
+    assert isinstance(apply("unicode", "a" + "\u0300\u0316" * 50)[0], str)
 
 
 # ------------------------------------------------------------------------------------------------------------ language
@@ -130,6 +141,17 @@ def test_repeated_lines_and_paragraphs_go_but_short_ones_stay() -> None:
         ("+49 (30) 901820-12", "+49 (30) 901820-12"),
         ("2012-10-2020, 1,234,567, 3.14159265", "2012-10-2020, 1,234,567, 3.14159265"),
         ("ISBN 978-0-13-110362-7, 555-0123", "ISBN 978-0-13-110362-7, 555-0123"),
+        ("邮箱joe@x.com请写，地址8.8.8.8在", f"邮箱{MAIL}请写，地址{IPV4}在"),
+        ("地址2606:4700:4700::1111在，電話+81 3 1234 5678です", f"地址{IPV6}在，電話{PHONE}です"),
+        ("josé@x.com, info@müller.de", f"{MAIL}, {MAIL}"),
+        ("at ::ffff:8.8.8.8, not ::ffff:10.0.0.1", f"at {IPV6}, not ::ffff:10.0.0.1"),
+        ("?name=joe@x.com&y=1 foo/joe@x.com", f"?name={MAIL}&y=1 foo/{MAIL}"),
+        ("git@github.com:foo/bar, git@a.host.org:x.git", "git@github.com:foo/bar, git@a.host.org:x.git"),
+        ("ssh://git@github.com/foo", "ssh://git@github.com/foo"),
+        ("joe@x.com: hello", f"{MAIL}: hello"),
+        ("dead::beef and add::face", "dead::beef and add::face"),
+        ("version 1.2.3.4, v1.2.3.4, v. 1.2.3.4", "version 1.2.3.4, v1.2.3.4, v. 1.2.3.4"),
+        ("Section 4.3.2.1 and § 4.3.2.1", "Section 4.3.2.1 and § 4.3.2.1"),
     ],
 )
 def test_personal_data_is_replaced_and_nothing_else(text: str, after: str) -> None:
@@ -173,3 +195,23 @@ def test_the_main_text_of_a_page_is_kept_without_its_menus() -> None:
 @pytest.mark.parametrize("page", ["", "<html></html>", "<<<>>>", "\x00"])
 def test_a_page_without_text_is_dropped(page: str) -> None:
     assert isinstance(apply("html", page, markup=True)[0], Dropped)
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_words": -1},
+        {"min_word_length": -0.5},
+        {"max_word_length": float("nan")},
+        {"max_symbols": -0.1},
+        {"c4_word_characters": -1},
+        {"min_words": 60, "max_words": 50},
+        {"min_word_length": 5.0, "max_word_length": 4.0},
+    ],
+)
+def test_limits_that_keep_nothing_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"cleaning.{next(iter(limits))}"):
+        CleaningConfig(**limits)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from lm_jax.corpus import decontamination
 from lm_jax.corpus import words as W
-from lm_jax.corpus.config import DecontaminationConfig
-from lm_jax.errors import ConfigError
+from lm_jax.corpus.config import CleaningConfig, DecontaminationConfig
+from lm_jax.corpus.rules import RULES, Document
+from lm_jax.errors import ConfigError, UserError
 from tests.corpus.texts import prose, write_jsonl
 
 
@@ -98,3 +101,46 @@ def test_chinese_has_a_word_a_character(tmp_path: Path) -> None:
     found = index(tmp_path, {"poem": str(tmp_path / "a.txt")})
     assert overlap(found, "他说：满纸荒唐言一把辛酸泪都云作，然后") == "poem"
     assert overlap(found, "他说：满纸荒唐言一把辛酸泪，然后") is None
+
+
+def test_what_cleaning_and_unicode_change_hides_nothing(tmp_path: Path) -> None:
+    words = prose(5, 2).split()
+    mail = " ".join([*words[:7], "joe@corp.org", *words[7:13]])
+    accents = "Le café où Zoé a bu était fermé, à côté du marché déjà rénové"
+    write_jsonl(tmp_path / "a.jsonl", [mail, unicodedata.normalize("NFD", accents)])
+    found = index(tmp_path, {"s": str(tmp_path / "a.jsonl")})
+    cleaned = RULES["personal_data"](Document(mail, ""), CleaningConfig())
+    assert isinstance(cleaned, str) and "joe" not in cleaned
+    assert overlap(found, mail) == overlap(found, cleaned) == overlap(found, accents) == "s"
+    assert overlap(found, accents.replace("marché", "mar\u00adché")) == "s"
+
+
+def test_pages_are_indexed_without_tags_and_records_of_json_without_keys(tmp_path: Path) -> None:
+    paragraphs = [p.replace("\n", " ") for p in prose(6, 12).split("\n\n")]
+    body = "".join(f"<p>{p.replace(' ', ' <b>', 1).replace('.', '</b>.', 1)}</p>" for p in paragraphs)
+    (tmp_path / "a.html").write_text(f"<html><body><article>{body}</article></body></html>")
+    question, answer = prose(7, 3).split()[:13], prose(8, 3).split()[:13]
+    writer = ArrayRecordWriter(str(tmp_path / "b.arrayrecord"), "group_size:1")
+    writer.write(
+        json.dumps({"a": f"{' '.join(question[:6])}\n{' '.join(question[6:])}", "b": " ".join(answer)}).encode()
+    )
+    writer.write(prose(9, 3).encode())
+    writer.close()
+    found = index(tmp_path, {"page": str(tmp_path / "a.html"), "records": str(tmp_path / "b.arrayrecord")})
+    assert overlap(found, paragraphs[0]) == "page"
+    assert [overlap(found, t) for t in (" ".join(question), " ".join(answer), prose(9, 3))] == ["records"] * 3
+
+
+def test_a_record_without_text_is_too_short_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"id": 7}) + "\n" + json.dumps({"q": prose(1, 3)}) + "\n")
+    told = decontamination.build(DecontaminationConfig(sets={"s": str(path)}), tmp_path)
+    assert told["s"]["texts"] == 2 and told["s"]["too short"] == 1
+    path.write_text("{no json\n")
+    with pytest.raises(UserError, match="line 1: not JSON\nmend it: an evaluation set"):
+        index(tmp_path, {"s": str(path)})
+
+
+def test_a_set_of_the_hub_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"decontamination\.sets\.s: .*read from files"):
+        index(tmp_path, {"s": "hf:openai/gsm8k:main:test"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import random
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -214,3 +216,18 @@ def test_the_limits_are_those_of_the_paper_as_datatrove_has_them() -> None:
         "min_stop_words": quality.min_stop_words,
     }
     assert limits == {name: getattr(C, name) for name in limits}
+
+
+def test_runs_of_marks_are_counted_in_linear_time() -> None:
+    plain = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab .!?\"')]", k=30))
+        assert web._SENTENCE_END.findall(text) == plain.findall(text)
+    start = time.monotonic()
+    web.c4(("." * 998 + "x ") * 400 + ".", C, collections.Counter())
+    assert time.monotonic() - start < 1
+
+
+def test_line_feeds_around_a_text_are_no_lines() -> None:
+    assert gopher.repetition(f"\n{prose(3, 3).replace(chr(10), ' ')}\n") == ""

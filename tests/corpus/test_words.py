@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import sys
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -98,3 +100,25 @@ def test_a_batch_has_the_words_of_each_text(texts: list[str]) -> None:
 def test_no_character_of_a_word_is_out_of_sight() -> None:
     beyond = map(chr, range(W._ASSIGNED, sys.maxunicode + 1))
     assert not any(c.isalnum() or c.isspace() for c in beyond)
+
+
+def test_the_form_of_unicode_and_what_nobody_sees_do_not_count() -> None:
+    text = "Señor Müller à la carte"
+    unseen = "Se\u00adñor M\u200büller\u200d à \u2060la ca\ufeffrte"
+    wanted = W.normalised(text).hashes.tolist()
+    for other in (unicodedata.normalize("NFD", text), unseen, unicodedata.normalize("NFD", unseen)):
+        assert W.normalised(other).hashes.tolist() == wanted
+        assert W.normalised_batch([other, text])[0].hashes.tolist() == wanted * 2
+
+
+def test_combining_marks_are_parts_of_words() -> None:
+    hindi = "यह हिन्दी में लिखा हुआ एक छोटा सा वाक्य है जी"
+    assert cut(hindi, W.normalised(hindi)) == hindi.split()
+    assert len(W.normalised("தமிழ் மொழி, বাংলা ভাষা").hashes) == 4
+    assert len(W.normalised("\u2764\ufe0f \u2764\ufe0f").hashes) == 0  # a heart and how it is drawn
+
+
+def test_endless_marks_take_no_endless_time() -> None:
+    start = time.monotonic()
+    assert len(W.normalised("a" + "\u0300\u0316" * 100_000).hashes) == 1
+    assert time.monotonic() - start < 2
