@@ -11,7 +11,6 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from lm_jax import paths
 from lm_jax.corpus import folders, stages
 from lm_jax.corpus.folders import Plan
 from lm_jax.data.progress import Progress
@@ -22,22 +21,21 @@ def run(plan: Plan, processes: int) -> None:
     """Does what is not done yet of all stages.
 
     Args:
-      plan: as `folders.write_plan` wrote it.
+      plan: as `folders.write_plan` wrote it; whoever calls holds the lock of its folder.
       processes: how many tasks are worked on at a time.
 
     Raises:
       UserError: for raw files or settings that cannot be used.
       Failure: where storage fails, or a worker is killed; the same command goes on from there.
     """
-    with paths.lock(paths.run_path(plan.work)):
-        folders.clear_unfinished(plan)
-        # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            processes, context, initializer=_end_with, initargs=(os.getpid(),)
-        ) as pool:
-            for stage in stages.stages_of(plan):
-                _run_stage(plan, stage, pool)
+    folders.clear_unfinished(plan)
+    # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
+        for stage in stages.stages_of(plan):
+            _run_stage(plan, stage, pool)
 
 
 def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> None:
@@ -85,11 +83,5 @@ def _end_with(parent: int) -> None:
 
 
 def clear(plan: Plan) -> None:
-    """Removes what only the work needed: all but the plan. What was prepared is whole without it."""
-    for folder in sorted(plan.work.iterdir()):
-        if folder.is_dir():
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes what only the work needed. What was prepared is whole without it; the plan stays, beside it."""
+    shutil.rmtree(plan.work, ignore_errors=True)

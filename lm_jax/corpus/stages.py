@@ -408,8 +408,9 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
                 yield Sourced(document.text, document.origin), int(side), len(document.data)
 
     final = plan.out / name
-    with folders.whole(final) as shard:
+    with folders.whole(final, lambda there: finish.is_shard_of(there, plan)) as shard:
         manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=plan.config.tokens.altered_documents)
+        finish.sign(shard, plan)
     return {"shard": name, "manifest": manifest}
 
 
