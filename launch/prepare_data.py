@@ -48,11 +48,11 @@ def main(values: ConfigDict) -> int:
         )
     out = Path(paths.run_path(OUT.value))
     extra.check()
-    stages.check(config)
+    given = stages.check(config)
     if EXECUTOR.value == "slurm" and not PARTITION.value:
         raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
     found, ignored = inputs.find(config.raw.names)
-    plan = folders.Plan(out, config, found, inputs.parts(found, config.work.part_bytes), ignored)
+    plan = folders.Plan(out, config, found, inputs.parts(found, config.work.part_bytes), ignored, given)
     with paths.lock(paths.run_path(out)):
         return _prepare(plan)
 

@@ -47,6 +47,7 @@ class Plan:
       files: the raw files, as they were found.
       parts: the pieces of each part.
       ignored: files that were passed over, of unknown kinds.
+      given: by config key, what else was named and could change: files with their sizes, a tokenizer's fingerprint.
     """
 
     out: Path
@@ -54,6 +55,7 @@ class Plan:
     files: list[Found]
     parts: list[list[Piece]]
     ignored: int = 0
+    given: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -64,9 +66,14 @@ class Plan:
         return [sum(piece.size for piece in part) for part in self.parts]
 
     @functools.cached_property
+    def known(self) -> dict[str, Found]:
+        """The raw files by their paths."""
+        return {file.path: file for file in self.files}
+
+    @functools.cached_property
     def digest(self) -> str:
         """A hash of all that decides what comes out; shards and manifest bear it."""
-        values = [FORMAT, _deciding(self.config), *_listed(self.files, self.parts)]
+        values = [FORMAT, _deciding(self.config), self.given, *_listed(self.files, self.parts)]
         return cache.digest(json.dumps(values, sort_keys=True))
 
     def folder(self, stage: str, task: int) -> Path:
@@ -95,6 +102,7 @@ def write_plan(plan: Plan) -> None:
         "files": files,
         "parts": parts,
         "ignored": plan.ignored,
+        "given": plan.given,
     }
     paths.make_directory(paths.run_path(plan.work))
     paths.write_text_atomic(paths.run_path(path), json.dumps(values, indent=1) + "\n")
@@ -120,6 +128,30 @@ def _check_same(old: Plan, new: Plan) -> None:
         known = {f.path: f for f in old.files}
         other = next((f.path for f in new.files if known.get(f.path) != f), "a file that is gone")
         raise UserError(f"the raw files are not those that {new.out} was begun with: {other}\n{REMEDY}")
+    for key in old.given.keys() | new.given.keys():
+        check_given(key, old.given.get(key), new.given.get(key), new.out)
+
+
+def check_unchanged(plan: Plan, task: int) -> None:
+    """Raises UserError where a local file of a part is not what it was when the plan was made: text would be lost, or
+    counted twice."""
+    for path in {piece.path for piece in plan.parts[task] if piece.kind != "hf" and "://" not in piece.path}:
+        file = plan.known[path]
+        try:
+            state = os.stat(path)
+            same = (state.st_size, state.st_mtime_ns) == (file.size, file.changed)
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{path} changed while it was being read, or since the parts were planned\n{REMEDY}")
+
+
+def check_given(key: str, planned: list[str] | None, found: list[str] | None, out: Path) -> None:
+    """Raises UserError where what a config key names is not what it was when the plan was made."""
+    if planned != found:
+        known = set(planned or ())
+        other = next((f": {name}" for name in found or () if name not in known), "")
+        raise UserError(f"{key} is not what {out} was begun with{other}\n{REMEDY}")
 
 
 def read_plan(out: Path) -> Plan:
@@ -146,6 +178,7 @@ def _read_plan(out: Path, path: Path, changed: int) -> Plan:
         [Found(**f) for f in values["files"]],
         [[Piece(**piece) for piece in part] for part in values["parts"]],
         values["ignored"],
+        values["given"],
     )
 
 

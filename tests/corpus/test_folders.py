@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 
 from lm_jax.corpus import finish, folders, inputs, stages
-from lm_jax.corpus.config import CleaningConfig, PrepareConfig, RawConfig, TokensConfig, WorkConfig
+from lm_jax.corpus.config import (
+    CleaningConfig,
+    DecontaminationConfig,
+    PrepareConfig,
+    RawConfig,
+    TokensConfig,
+    WorkConfig,
+)
+from lm_jax.data import tokenizers
 from lm_jax.data.joined import Shards
 from lm_jax.errors import UserError
 from tests.corpus.texts import prose, write_jsonl
@@ -28,7 +37,7 @@ def config(folder: Path, **changes: Any) -> PrepareConfig:
 
 def planned(out: Path, c: PrepareConfig) -> folders.Plan:
     found, ignored = inputs.find(c.raw.names)
-    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored)
+    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, stages.check(c))
     folders.write_plan(plan)
     return plan
 
@@ -112,3 +121,47 @@ def test_a_manifest_that_is_none_is_refused(text: str, done: folders.Plan) -> No
     (done.out / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json is (not one|damaged)"):
         finish.finished(done)
+
+
+# ---------------------------------------------------------------------------------------------- what changes meanwhile
+
+
+def test_an_evaluation_set_that_changes_is_noticed(raw: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "eval.jsonl", [prose(500, 15)])
+    c = config(raw, decontamination=DecontaminationConfig(sets={"a": str(file)}))
+    plan = planned(tmp_path / "out", c)
+    planned(plan.out, c)
+    write_jsonl(file, [prose(500, 15), prose(501, 15)])
+    with pytest.raises(UserError, match=r"decontamination\.sets\.a is not what .* was begun with: .*eval\.jsonl"):
+        planned(plan.out, c)
+    with pytest.raises(UserError, match=r"decontamination\.sets\.a is not what"):
+        stages.run_task(plan.out, "index", 0)
+
+
+def test_a_tokenizer_that_changes_is_noticed(raw: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    texts = [prose(seed, 60) for seed in range(4)]
+    tokenizers.train_sentencepiece(texts, 320, True).save(folder)
+    c = config(raw, tokens=TokensConfig(tokenizer=str(folder)))
+    plan = planned(tmp_path / "out", c)
+    planned(plan.out, c)
+    tokenizers.train_sentencepiece(texts, 330, True).save(folder)
+    with pytest.raises(UserError, match=r"tokens\.tokenizer is not what"):
+        planned(plan.out, c)
+
+
+@pytest.mark.parametrize("change", ["longer", "touched", "gone"])
+def test_a_raw_file_that_changes_after_the_plan_is_noticed(change: str, raw: Path, tmp_path: Path) -> None:
+    plan = planned(tmp_path / "out", config(raw))
+    path = Path(plan.parts[0][0].path)
+    if change == "longer":
+        with path.open("a") as file:
+            file.write(json.dumps({"text": prose(900, 15)}) + "\n")
+    elif change == "touched":
+        os.utime(path, ns=(1, 1))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=r"changed while it was being read|is gone"):
+        stages.run_task(plan.out, "clean", 0)
+    assert not plan.folder("clean", 0).exists()

@@ -87,7 +87,7 @@ def config(folder: Path, **changes: Any) -> PrepareConfig:
 
 def planned(out: Path, c: PrepareConfig) -> folders.Plan:
     found, ignored = inputs.find(c.raw.names)
-    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored)
+    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, stages.check(c))
     folders.write_plan(plan)
     return plan
 
