@@ -49,6 +49,7 @@ def main(values: ConfigDict) -> int:
     out = Path(paths.run_path(OUT.value))
     extra.check()
     given = stages.check(config)
+    inputs.check_output(out, config.raw.names)
     if EXECUTOR.value == "slurm" and not PARTITION.value:
         raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
     found, ignored = inputs.find(config.raw.names)

@@ -24,7 +24,7 @@ import numpy as np
 from lm_jax import paths
 from lm_jax.config import build, differences, to_dict
 from lm_jax.corpus.config import PrepareConfig
-from lm_jax.corpus.inputs import Found, Piece
+from lm_jax.corpus.inputs import PLAN, Found, Piece
 from lm_jax.corpus.ledger import Ledger
 from lm_jax.data import cache
 from lm_jax.data.store import MANIFEST
@@ -32,7 +32,6 @@ from lm_jax.errors import UserError
 from lm_jax.paths import storage_errors
 
 FORMAT = 2  # of the plan
-PLAN = "plan.json"
 DOCUMENTS, RECORD = "documents.jsonl.zst", "record.json"
 _UNFINISHED = ".tmp-"
 
