@@ -165,3 +165,14 @@ def test_a_raw_file_that_changes_after_the_plan_is_noticed(change: str, raw: Pat
     with pytest.raises(UserError, match=r"changed while it was being read|is gone"):
         stages.run_task(plan.out, "clean", 0)
     assert not plan.folder("clean", 0).exists()
+
+
+def test_names_that_are_not_utf8_reach_the_report(raw: Path, tmp_path: Path) -> None:
+    folder = raw.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    (folder / "bad.jsonl").write_bytes(b"nonsense\n")
+    plan = planned(tmp_path / "out", config(folder))
+    work_on(plan)
+    planned(plan.out, config(folder))
+    assert finish.finished(plan)
+    numbers = json.loads((plan.out / "report.json").read_bytes())
+    assert "caf\\xe9" in json.dumps(numbers["ledger"], ensure_ascii=False).replace("\\\\", "\\")

@@ -339,6 +339,24 @@ def test_kills_at_any_moment_leave_no_trace(seed: int, tmp_path: Path, prepared:
     kill_and_compare(tmp_path, prepared, moments)
 
 
+def test_ctrl_c_is_one_line_and_leaves_what_is_done(tmp_path: Path) -> None:
+    raw(tmp_path / "raw")
+    config(tmp_path / "raw")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.prepare_data", *command(tmp_path, out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not any(out.glob("work/clean/*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "Traceback" not in told and told.strip().splitlines()[-1] == "stopped; the same command goes on where it was"
+    check_nothing_half_done(out)
+
+
 def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
     raw(tmp_path / "raw")
     config(tmp_path / "raw")
