@@ -35,39 +35,47 @@ SETUP = flags.DEFINE_string(
 
 
 def main(values: ConfigDict) -> int:
+    from lm_jax import paths
     from lm_jax.config import build
-    from lm_jax.corpus import extra, finish, folders, inputs, local, stages
+    from lm_jax.corpus import extra, folders, inputs, stages
     from lm_jax.corpus.config import PrepareConfig
     from lm_jax.errors import UserError
-    from lm_jax.paths import run_path
 
     config = build(PrepareConfig, values)
     if "://" in OUT.value:
         raise UserError(
             f"--out={OUT.value} is not on a disk\ngive a local or shared folder, and copy it when it is whole"
         )
-    out = run_path(OUT.value)
+    out = Path(paths.run_path(OUT.value))
     extra.check()
-    stages.check(config)
+    given = stages.check(config)
+    inputs.check_output(out, config.raw.names)
     if EXECUTOR.value == "slurm" and not PARTITION.value:
         raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
     found, ignored = inputs.find(config.raw.names)
-    plan = folders.Plan(Path(out), config, found, inputs.parts(found, config.work.part_bytes), ignored)
+    plan = folders.Plan(out, config, found, inputs.parts(found, config.work.part_bytes), ignored, given)
+    with paths.lock(paths.run_path(out)):
+        return _prepare(plan)
+
+
+def _prepare(plan: Any) -> int:
+    from lm_jax.corpus import extra, finish, folders, local
+
     folders.write_plan(plan)
     done = finish.finished(plan)
     if done is None:
-        size = sum(file.size for file in found)
-        print(f"{len(found):,} files, {size / 1e6:,.1f} MB, in {len(plan.parts):,} parts", file=sys.stderr)
+        size = sum(file.size for file in plan.files)
+        print(f"{len(plan.files):,} files, {size / 1e6:,.1f} MB, in {len(plan.parts):,} parts", file=sys.stderr)
         if EXECUTOR.value != "local":
             extra.check(("datatrove",))
             return _send(plan, EXECUTOR.value)
-        local.run(plan, PROCESSES.value or config.work.processes or os.cpu_count() or 1)
+        local.run(plan, PROCESSES.value or plan.config.work.processes or os.cpu_count() or 1)
         done = finish.finished(plan)
         assert done is not None  # the last stage wrote it
-    if not config.work.keep:
+    if not plan.config.work.keep:
         local.clear(plan)
     print(finish.summary(done))
-    print(f"look at {out / 'report.html'}, or {out / 'report.md'}")
+    print(f"look at {plan.out / 'report.html'}, or {plan.out / 'report.md'}")
     return 0
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import collections
 import json
+import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from lm_jax.config import redact, to_dict
 from lm_jax.corpus import duplicates, folders, report
 from lm_jax.corpus.folders import Plan
 from lm_jax.corpus.ledger import Ledger, by_size, merged
-from lm_jax.data.store import MANIFEST
+from lm_jax.data.store import MANIFEST, whole
 from lm_jax.data.tokenizers import load
 from lm_jax.errors import UserError
 
@@ -100,7 +103,26 @@ def _manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for side, n in written[key].items():
                 counts[side] = counts.get(side, 0) + n
         values = {key: written[key] for key in values}
-    return {"format": FORMAT, "shards": names, **sums, **values}
+    return {"format": FORMAT, "shards": names, **sums, **values, "plan": plan.digest}
+
+
+def sign(shard: Path, plan: Plan) -> None:
+    """Adds to a shard's manifest which plan it is of."""
+    manifest = json.loads((shard / MANIFEST).read_bytes()) | {"plan": plan.digest}
+    (shard / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def is_shard_of(shard: Path, plan: Plan) -> bool:
+    """Whether a shard that is there is whole.
+
+    Raises:
+      UserError: where it is of another plan.
+    """
+    if not whole(shard):
+        return False
+    if json.loads((shard / MANIFEST).read_bytes()).get("plan") != plan.digest:
+        raise UserError(f"{shard} was made by another config or of other raw files\n{folders.REMEDY}")
+    return True
 
 
 def _count_tokens(ledger: Ledger, shards: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -195,8 +217,40 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def finished(plan: Plan) -> dict[str, Any] | None:
-    """The manifest, where all is done."""
+    """The manifest, where all is done. Where a shard is gone or damaged since, what has to be done again is removed.
+
+    Raises:
+      UserError: where the manifest is none of this plan's.
+    """
+    path = plan.out / MANIFEST
     try:
-        return dict(json.loads((plan.out / MANIFEST).read_bytes()))
-    except (OSError, ValueError):
+        with paths.storage_errors("read", path):
+            manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}\n{folders.REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_all(manifest):
+        raise UserError(f"{path} is not one that this command writes, or is damaged\n{folders.REMEDY}")
+    if manifest.get("plan") != plan.digest:
+        raise UserError(f"{path} was made by another config or of other raw files\n{folders.REMEDY}")
+    lost = [name for name in manifest["shards"] if not is_shard_of(plan.out / name, plan)]
+    if not lost:
+        return manifest
+    # The manifest last: killed in between, the next one sees the same and goes on.
+    for folder in (*(plan.out / name for name in lost), plan.work / "shards", plan.work / "report"):
+        if folder.exists():
+            with paths.storage_errors("remove", folder):
+                shutil.rmtree(folder)
+    path.unlink()
+    return None
+
+
+def _has_all(manifest: dict[str, Any]) -> bool:
+    names = manifest.get("shards")
+    return (
+        isinstance(names, list)
+        and all(isinstance(name, str) and re.fullmatch(r"shard-\d+", name) for name in names)
+        and all(isinstance(manifest.get(key), dict) for key in _SUMMED)
+        and isinstance(manifest.get("vocab_size"), int)
+    )

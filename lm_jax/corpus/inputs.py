@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import glob
 import importlib.util
 import itertools
+import json
 import os
 import posixpath
 import re
@@ -23,6 +25,7 @@ from etils import epath
 
 from lm_jax import paths
 from lm_jax.data import sources
+from lm_jax.data.joined import is_sharded
 from lm_jax.errors import ConfigError, UserError
 
 KINDS = {
@@ -40,6 +43,7 @@ KINDS = {
 }
 FOUND_IN_FOLDERS = tuple(suffix for suffix in KINDS if suffix not in (".md", ".py"))  # others, where they are named
 HUGGING_FACE = "hf:"
+PLAN = "plan.json"  # of an output's folder; nothing below it is raw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Piece:
     size: int
     start: int = 0
     stop: int = 0
+
+    @functools.cached_property
+    def origin(self) -> str:
+        """The path as text that can be written: a name on a disk need not be UTF-8."""
+        return os.fsencode(self.path).decode("utf-8", errors="backslashreplace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,8 @@ def find(names: tuple[str, ...], key: str = "raw.sources") -> tuple[list[Found],
         files, others = _find(name, key)
         found += files
         ignored += others
-    twice = [path for path, n in collections.Counter(f.path for f in found).items() if n > 1]
+    real = (f.path if f.kind == "hf" or "://" in f.path else os.path.realpath(f.path) for f in found)
+    twice = [path for path, n in collections.Counter(real).items() if n > 1]
     if twice:
         raise ConfigError(key, f"{twice[0]} is named twice", "name every file once")
     return found, ignored
@@ -118,11 +128,54 @@ def _find(name: str, key: str) -> tuple[list[Found], int]:
     else:
         raise ConfigError(key, f"{name!r} does not exist", sources._near(path))
     globbed = glob.has_magic(name)
-    kinds = [(p, kind_of(p.name)) for p in listed if globbed or p.name.lower().endswith(FOUND_IN_FOLDERS)]
+    raw = _not_prepared(listed, _base(name))
+    kinds = [(p, kind_of(p.name)) for p in raw if globbed or p.name.lower().endswith(FOUND_IN_FOLDERS)]
     known = [_local(p.absolute(), kind) for p, kind in kinds if kind]
     if not known:
         raise ConfigError(key, f"{name!r} holds no file of a known kind", f"known are {', '.join(FOUND_IN_FOLDERS)}")
     return known, len(listed) - len(known)
+
+
+def check_output(out: Path, names: tuple[str, ...], key: str = "raw.sources") -> None:
+    """Raises ConfigError where an output's folder is in a folder that is read: it would become its own input."""
+    real = os.path.realpath(out)
+    for name in names:
+        if name == sources.EMBEDDED or name.startswith(HUGGING_FACE) or "://" in name:
+            continue
+        folder = os.path.realpath(Path(name).expanduser())
+        if os.path.isdir(folder) and os.path.commonpath([real, folder]) == folder:
+            raise ConfigError(key, f"{name!r} holds the output, {out}", "give an --out outside of what is read")
+
+
+def _base(name: str) -> Path:
+    """The folder that a name or a glob begins with."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)
+    return Path(*plain)
+
+
+def _not_prepared(listed: list[Path], base: Path) -> list[Path]:
+    """Files without those in folders that were prepared from others."""
+
+    @functools.cache
+    def prepared(folder: Path) -> bool:
+        if is_sharded(str(folder)) or _is_plan(folder / PLAN):
+            return True
+        return folder != base and folder != folder.parent and prepared(folder.parent)
+
+    return [path for path in listed if not prepared(path.parent)]
+
+
+def _is_plan(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"format", "config", "files", "parts"} <= values.keys()
 
 
 def _local(path: Path, kind: str) -> Found:
@@ -238,7 +291,7 @@ def _row_groups(file: Found) -> int:
 def _records(file: Found) -> int:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(file.path)
+    reader = ArrayRecordReader(os.fsencode(file.path))
     try:
         return int(reader.num_records())
     finally:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from lm_jax import paths
 from lm_jax.corpus import folders, stages
 from lm_jax.corpus.folders import Plan
 from lm_jax.data.progress import Progress
@@ -22,22 +25,40 @@ def run(plan: Plan, processes: int) -> None:
     """Does what is not done yet of all stages.
 
     Args:
-      plan: as `folders.write_plan` wrote it.
+      plan: as `folders.write_plan` wrote it; whoever calls holds the lock of its folder.
       processes: how many tasks are worked on at a time.
 
     Raises:
       UserError: for raw files or settings that cannot be used.
       Failure: where storage fails, or a worker is killed; the same command goes on from there.
+      SystemExit: after Ctrl-C.
     """
-    with paths.lock(paths.run_path(plan.work)):
-        folders.clear_unfinished(plan)
-        # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            processes, context, initializer=_end_with, initargs=(os.getpid(),)
-        ) as pool:
+    folders.clear_unfinished(plan)
+    # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
+        try:
             for stage in stages.stages_of(plan):
                 _run_stage(plan, stage, pool)
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that are started in the body never see Ctrl-C, which goes to all that a terminal runs: this one ends
+    them. What comes in the meantime comes at its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> None:
@@ -45,7 +66,8 @@ def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> Non
     weights = plan.part_bytes if stages.STAGES[stage].per_part else [1]
     waiting = [task for task in range(tasks) if not plan.folder(stage, task).is_dir()]
     with Progress(stages.STAGES[stage].doing, sum(weights[task] for task in waiting)) as progress:
-        futures = {pool.submit(_task, plan.out, stage, task): task for task in waiting}
+        with _uninterrupted():
+            futures = {pool.submit(_task, plan.out, stage, task): task for task in waiting}
         try:
             for future in concurrent.futures.as_completed(futures):
                 if said := future.result():
@@ -85,11 +107,5 @@ def _end_with(parent: int) -> None:
 
 
 def clear(plan: Plan) -> None:
-    """Removes what only the work needed: all but the plan. What was prepared is whole without it."""
-    for folder in sorted(plan.work.iterdir()):
-        if folder.is_dir():
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes what only the work needed. What was prepared is whole without it; the plan stays, beside it."""
+    shutil.rmtree(plan.work, ignore_errors=True)

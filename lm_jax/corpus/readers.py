@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
@@ -24,6 +25,7 @@ from lm_jax.paths import StorageError
 
 EVERY = "*"  # as `field`: every text of a record, wherever in it; `SEPARATOR` between them
 SEPARATOR = "\x00"
+BLANK = "blank line"  # is counted, and no mistake
 
 
 class Broken(NamedTuple):
@@ -46,7 +48,7 @@ def read(piece: Piece, c: RawConfig) -> _Raw:
       StorageError: where the storage fails, as opposed to the file.
     """
     for found in _guarded(piece, c):
-        if isinstance(found, Broken) and c.bad == "refuse":
+        if isinstance(found, Broken) and found.reason != BLANK and c.bad == "refuse":
             raise UserError(
                 f'{found.origin}: {found.reason}\nmend it, or set raw.bad="quarantine" to leave such out and count them'
             )
@@ -58,15 +60,15 @@ def _guarded(piece: Piece, c: RawConfig) -> _Raw:
         yield from _READERS[piece.kind](piece, c)
     except _DAMAGE as error:
         what = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        yield Broken(f"damaged {piece.kind} file", piece.path, 0, what)
+        yield Broken(f"damaged {piece.kind} file", piece.origin, 0, what)
     except FileNotFoundError:
-        raise UserError(f"{piece.path}: was there when the parts were planned, and is gone") from None
+        raise UserError(f"{piece.origin}: was there when the parts were planned, and is gone") from None
     except OSError as error:
         # gzip says by an OSError without a number that a file is none of its kind.
         if error.errno is None and piece.kind == "jsonl.gz":
-            yield Broken(f"damaged {piece.kind} file", piece.path, 0, str(error))
+            yield Broken(f"damaged {piece.kind} file", piece.origin, 0, str(error))
         else:
-            raise StorageError(f"cannot read {piece.path}: {error.strerror or error}") from error
+            raise StorageError(f"cannot read {piece.origin}: {error.strerror or error}") from error
 
 
 class _Damage(Exception):
@@ -85,21 +87,21 @@ def _open(piece: Piece) -> IO[bytes]:
 
 def _text(piece: Piece, c: RawConfig) -> _Raw:
     if piece.size > c.max_document_bytes:
-        yield Broken(f"larger than {c.max_document_bytes:,} bytes", piece.path, piece.size)
+        yield Broken(f"larger than {c.max_document_bytes:,} bytes", piece.origin, piece.size)
         return
     with _open(piece) as file:
-        yield _document(file.read(), piece.path, c)
+        yield _document(file.read(), piece.origin, c)
 
 
 def _html(piece: Piece, c: RawConfig) -> _Raw:
     """A page says by itself how it is encoded, so that bytes that are not UTF-8 are no mistake."""
     if piece.size > c.max_document_bytes:
-        yield Broken(f"larger than {c.max_document_bytes:,} bytes", piece.path, piece.size)
+        yield Broken(f"larger than {c.max_document_bytes:,} bytes", piece.origin, piece.size)
         return
     with _open(piece) as file:
         data = file.read()
     if not data.strip():
-        yield Broken("empty", piece.path, len(data))
+        yield Broken("empty", piece.origin, len(data))
         return
     try:
         text = data.decode("utf-8-sig")
@@ -107,7 +109,7 @@ def _html(piece: Piece, c: RawConfig) -> _Raw:
         from trafilatura.utils import decode_file
 
         text = decode_file(data)
-    found = _document(text, piece.path, c)
+    found = _document(text, piece.origin, c)
     yield Document(found.text, found.origin, markup=True) if isinstance(found, Document) else found
 
 
@@ -180,7 +182,7 @@ def _skip_line(file: Any) -> int:
 
 def _lines(file: Any, piece: Piece, c: RawConfig, stop: int | None = None) -> _Raw:
     # JSON may write a character as \uXXXX, and a line has other fields: this only keeps memory bounded.
-    limit = 2 * c.max_document_bytes + 2**16
+    limit = 8 * c.max_document_bytes + 2**20
     number, cut = 0, piece.start > 0
     while stop is None or file.tell() < stop:
         at = file.tell() if stop is not None else 0
@@ -189,12 +191,14 @@ def _lines(file: Any, piece: Piece, c: RawConfig, stop: int | None = None) -> _R
             return
         number += 1
         # Of a file that is read in ranges nobody knows a line's number: its place in bytes finds it as well.
-        origin = f"{piece.path} byte {at}" if cut or piece.stop else f"{piece.path} line {number}"
+        origin = f"{piece.origin} byte {at}" if cut or piece.stop else f"{piece.origin} line {number}"
         if len(line) == limit and not line.endswith(b"\n"):
             size = len(line) + _skip_line(file)
             yield Broken("a line too long", origin, size, _shown(line))
-        elif line.strip():
+        elif not line.isspace():
             yield _record(line, origin, c)
+        elif c.field != EVERY:  # of an evaluation set the texts alone count
+            yield Broken(BLANK, origin, len(line))
 
 
 def _record(line: bytes, origin: str, c: RawConfig) -> Document | Broken:
@@ -240,23 +244,23 @@ def _parquet(piece: Piece, c: RawConfig) -> _Raw:
                 for batch in file.iter_batches(batch_size=64):
                     for number, row_values in enumerate(batch.to_pylist()):
                         text = SEPARATOR.join(_texts(row_values))
-                        yield _document(text, f"{piece.path} row {number}", c)
+                        yield _document(text, f"{piece.origin} row {number}", c)
                 return
             if c.field not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names[:8])
-                yield Broken(f"no column {c.field!r}", piece.path, piece.size, f"its columns: {columns}")
+                yield Broken(f"no column {c.field!r}", piece.origin, piece.size, f"its columns: {columns}")
                 return
             kind = file.schema_arrow.field(c.field).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                yield Broken(f"column {c.field!r} holds no text", piece.path, piece.size, f"it holds {kind}")
+                yield Broken(f"column {c.field!r} holds no text", piece.origin, piece.size, f"it holds {kind}")
                 return
             groups = range(piece.start, piece.stop or file.num_row_groups)
             row = sum(file.metadata.row_group(g).num_rows for g in range(piece.start))
             for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[c.field]):
                 for value in batch.column(0).cast(pa.large_binary()):
                     row += 1
-                    yield _document(value.as_py(), f"{piece.path} row {row}", c)
+                    yield _document(value.as_py(), f"{piece.origin} row {row}", c)
     except pa.ArrowException as error:
         raise _Damage(str(error)) from error
     except OSError as error:
@@ -269,14 +273,14 @@ def _arrayrecord(piece: Piece, c: RawConfig) -> _Raw:
     from array_record.python.array_record_module import ArrayRecordReader
 
     if "://" in piece.path:
-        raise UserError(f"{piece.path}: ArrayRecord files are read from a disk\ncopy it to one, and name that path")
+        raise UserError(f"{piece.origin}: ArrayRecord files are read from a disk\ncopy it to one, and name that path")
     try:
-        reader = ArrayRecordReader(piece.path)
+        reader = ArrayRecordReader(os.fsencode(piece.path))
         count = piece.stop or reader.num_records()
         for start in range(piece.start, count, 256):
             stop = min(start + 256, count)
             for number, data in enumerate(reader.read(start, stop), start=start):
-                origin = f"{piece.path} record {number}"
+                origin = f"{piece.origin} record {number}"
                 yield _record(data, origin, c) if c.records == "json" else _document(data, origin, c)
         reader.close()
     except (RuntimeError, IndexError, ValueError) as error:
@@ -287,9 +291,9 @@ def _hugging_face(piece: Piece, c: RawConfig) -> _Raw:
     data = inputs.dataset(piece.path)
     if c.field not in data.column_names:
         columns = ", ".join(data.column_names[:8])
-        raise UserError(f"{piece.path}: has no column {c.field!r}\nset raw.field to one of its columns: {columns}")
+        raise UserError(f"{piece.origin}: has no column {c.field!r}\nset raw.field to one of its columns: {columns}")
     for row in range(piece.start, piece.stop or len(data)):
-        yield _document(data[row][c.field], f"{piece.path} row {row}", c)
+        yield _document(data[row][c.field], f"{piece.origin} row {row}", c)
 
 
 def _document(value: Any, origin: str, c: RawConfig, size: int | None = None) -> Document | Broken:

@@ -71,11 +71,16 @@ def write(found: Findings) -> dict[str, bytes]:
         "pairs": {k: found.compared[k] for k in ("compared", "alike")},
     }
     return {
-        NUMBERS: (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode("utf-8"),
+        NUMBERS: _encoded(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"),
         TIMINGS: (json.dumps(found.timings, indent=1) + "\n").encode(),
-        SUMMARY: _summary(found).encode("utf-8"),
-        PAGE: _page(found).encode("utf-8"),
+        SUMMARY: _encoded(_summary(found)),
+        PAGE: _encoded(_page(found)),
     }
+
+
+def _encoded(text: str) -> bytes:
+    """Names of files that are not UTF-8 are in the config as Python has them: as \\udcXX, in JSON's manner."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def sentences(found: Findings) -> list[str]:

@@ -92,16 +92,32 @@ def stages_of(plan: Plan) -> list[str]:
     return [name for name in STAGES if name not in left_out]
 
 
-def check(c: PrepareConfig) -> None:
+def check(c: PrepareConfig) -> dict[str, list[str]]:
     """Looks for what is named in a config but for the raw files, before any work is begun.
+
+    Returns:
+      By config key, what tells it from another: a plan's `given`.
 
     Raises:
       ConfigError: where it is not there, or cannot be used.
     """
-    for name, source in c.decontamination.sets.items():
-        decontamination.find(source, f"decontamination.sets.{name}")
+    given = _sets(c)
     if c.tokens.tokenizer not in ("bytes", "sentencepiece"):
-        tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, "tokens.tokenizer")
+        given[_TOKENIZER] = [tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, _TOKENIZER).fingerprint]
+    return given
+
+
+_TOKENIZER = "tokens.tokenizer"
+
+
+def _sets(c: PrepareConfig) -> dict[str, list[str]]:
+    """The files of the evaluation sets."""
+    given = {}
+    for name, source in c.decontamination.sets.items():
+        key = f"decontamination.sets.{name}"
+        files = decontamination.find(source, key)
+        given[key] = [f"{file.path} ({file.size} bytes, written at {file.changed})" for file in files]
+    return given
 
 
 def tasks_of(plan: Plan, stage: str) -> int:
@@ -112,7 +128,10 @@ def tasks_of(plan: Plan, stage: str) -> int:
 
 
 def _index(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
-    return {"sets": decontamination.build(plan.config.decontamination, folder, plan.config.cleaning)}
+    told = {"sets": decontamination.build(plan.config.decontamination, folder, plan.config.cleaning)}
+    for key, files in _sets(plan.config).items():
+        folders.check_given(key, plan.given.get(key), files, plan.out)
+    return told
 
 
 # --------------------------------------------------------------------------------------------------------------- clean
@@ -141,6 +160,7 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
                         lines.append(np.unique(boilerplate.line_hashes(found.text, c.lines.min_characters)[1]))
                         digest = np.frombuffer(_digest(document)[:8], "<u8").astype(np.uint64)
                         texts.append(np.repeat(digest, len(lines[-1])))
+    folders.check_unchanged(plan, task)
     if c.lines.max_documents:
         flat = np.concatenate(lines)
         order = np.argsort(flat, kind="stable")
@@ -379,7 +399,8 @@ def _tokenizer(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     elif c.tokenizer == "sentencepiece":
         found = tokenizers.train_sentencepiece(_sample(plan), c.vocab_size, c.boundary)
     else:
-        found = tokenizers.open_path(c.tokenizer, c.boundary, "tokens.tokenizer")
+        found = tokenizers.open_path(c.tokenizer, c.boundary, _TOKENIZER)
+        folders.check_given(_TOKENIZER, plan.given.get(_TOKENIZER), [found.fingerprint], plan.out)
     found.save(folder)
     return {"files": sorted(found.files()), "vocab_size": found.vocab_size, "kind": found.kind, "caveat": found.caveat}
 
@@ -422,9 +443,10 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
                 yield Sourced(document.text, document.origin), int(side), len(document.data)
 
     final = plan.out / name
-    with folders.whole(final) as shard:
+    with folders.whole(final, lambda there: finish.is_shard_of(there, plan)) as shard:
         altered, key = plan.config.tokens.altered_documents, "tokens.altered_documents"
         manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=altered, altered_key=key)
+        finish.sign(shard, plan)
     return {"shard": name, "manifest": manifest}
 
 

@@ -89,7 +89,8 @@ class Writer:
         try:
             self._file.close()
         except RuntimeError as error:  # what it throws for a full disk as well
-            raise OSError(0, str(error).splitlines()[0]) from error
+            text = str(error).strip() or "its library does not say why"
+            raise OSError(text.splitlines()[0]) from error  # without a number: 0 would read "Success"
 
     def finish(
         self,

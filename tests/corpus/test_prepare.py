@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from launch import cli, prepare_data
+from lm_jax import paths
 from lm_jax.corpus import finish, folders, inputs, local, stages
 from lm_jax.corpus.config import (
     CleaningConfig,
@@ -86,7 +87,7 @@ def config(folder: Path, **changes: Any) -> PrepareConfig:
 
 def planned(out: Path, c: PrepareConfig) -> folders.Plan:
     found, ignored = inputs.find(c.raw.names)
-    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored)
+    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, stages.check(c))
     folders.write_plan(plan)
     return plan
 
@@ -103,8 +104,19 @@ def prepare(out: Path, c: PrepareConfig) -> folders.Plan:
 def contents(out: Path) -> dict[str, str]:
     """A hash of every file that is the same whenever the input is."""
     files = [p for p in sorted(out.rglob("*")) if p.is_file() and "work" not in p.relative_to(out).parts]
-    found = {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    files = [p for p in files if p.name not in ("plan.json", ".lock")]
+    found = {str(p.relative_to(out)): hashlib.sha256(_without_plan(p)).hexdigest() for p in files}
     return {name: value for name, value in found.items() if name not in ("timings.json", "report.html")}
+
+
+def _without_plan(path: Path) -> bytes:
+    """A file's bytes; of those that have it in them, without the plan's hash: it knows where the raw files lie."""
+    if path.name not in ("manifest.json", "report.json"):
+        return path.read_bytes()
+    values = json.loads(path.read_bytes())
+    values.pop("plan", None)
+    values.get("manifest", {}).pop("plan", None)
+    return json.dumps(values).encode()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +135,7 @@ def ledger(plan: folders.Plan) -> Ledger:
 def test_the_folder_is_as_its_reader_expects_it(prepared: folders.Plan) -> None:
     manifest = json.loads((prepared.out / "manifest.json").read_text())
     keys = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
-    assert set(manifest) == {"format", "shards", *keys, "vocab_size", "dtype"}
+    assert set(manifest) == {"format", "shards", *keys, "vocab_size", "dtype", "plan"}
     assert manifest["format"] == 2 and len(manifest["shards"]) > 2
     assert manifest["shards"] == [f"shard-{i:05d}" for i in range(len(manifest["shards"]))]
     tokenizer = tokenizers.load(prepared.out)
@@ -220,7 +232,7 @@ def test_processes_and_order_of_tasks_change_nothing(prepared: folders.Plan, tmp
     local.run(plan, 2)
     assert contents(plan.out) == contents(prepared.out)
     local.clear(plan)
-    assert {p.name for p in plan.work.iterdir()} <= {"plan.json", ".lock"}
+    assert not plan.work.exists() and finish.finished(plan)
 
 
 def test_another_config_or_other_files_are_refused(tmp_path: Path) -> None:
@@ -241,12 +253,14 @@ def test_where_nothing_is_left_it_says_what_took_it(tmp_path: Path) -> None:
         prepare(tmp_path / "out", config(tmp_path / "raw"))
 
 
-def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    plan = planned(tmp_path / "out", config(raw(tmp_path / "raw", 10)))
-    from lm_jax import paths
-
-    with paths.lock(paths.run_path(plan.work)), pytest.raises(UserError, match="in use by process"):
-        local.run(plan, 1)
+def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw(tmp_path / "raw", 10)
+    config(tmp_path / "raw")
+    out = tmp_path / "out"
+    with paths.lock(paths.run_path(out)):
+        assert started(command(tmp_path, out)) == 2
+        assert "in use by process" in capsys.readouterr().err
+        assert not (out / "plan.json").exists()  # the one who works there may be about to write another
 
 
 # ------------------------------------------------------------------------------------------------ the command and kills
@@ -262,6 +276,12 @@ def command(folder: Path, out: Path) -> list[str]:
         f"    c.decontamination.sets = {{'clips': {str(folder / 'eval.jsonl')!r}}}\n    return c\n"
     )
     return [f"--config={file}", f"--out={out}", "--processes=2"]
+
+
+def started(arguments: list[str]) -> int:
+    """The command in this process; its exit status."""
+    prepare_data.FLAGS.unparse_flags()
+    return cli.status(prepare_data.main, prepare_data.FLAGS, ["prepare_data", *arguments], config=True)
 
 
 def check_nothing_half_done(out: Path) -> None:
@@ -319,6 +339,24 @@ def test_kills_at_any_moment_leave_no_trace(seed: int, tmp_path: Path, prepared:
     kill_and_compare(tmp_path, prepared, moments)
 
 
+def test_ctrl_c_is_one_line_and_leaves_what_is_done(tmp_path: Path) -> None:
+    raw(tmp_path / "raw")
+    config(tmp_path / "raw")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.prepare_data", *command(tmp_path, out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not any(out.glob("work/clean/*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "Traceback" not in told and told.strip().splitlines()[-1] == "stopped; the same command goes on where it was"
+    check_nothing_half_done(out)
+
+
 def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
     raw(tmp_path / "raw")
     config(tmp_path / "raw")
@@ -365,8 +403,7 @@ def test_mistakes_are_told_in_three_lines(
     write_jsonl(tmp_path / "raw" / "a.jsonl", [prose(1, 15), prose(2, 15)])
     line = [f"--config={ROOT / 'configs' / 'data' / 'example.py'}", f"--config.raw.sources={tmp_path / 'raw'}"]
     line.append(f"--out={tmp_path / 'out'}")
-    prepare_data.FLAGS.unparse_flags()
-    assert cli.status(prepare_data.main, prepare_data.FLAGS, ["prepare_data", *line, *arguments], config=True) == 2
+    assert started([*line, *arguments]) == 2
     told = capsys.readouterr().err
     assert message in told and len(told.strip().splitlines()) <= 3
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 import sys
 import types
@@ -214,7 +215,7 @@ def whole_files() -> list[Case]:
         ("surrogate.txt", b"a\xed\xb0\x80", 0, 1), ("crlf.txt", b"a\r\nb", 1, 0), ("space.txt", b"  \n", 1, 0),
         ("empty.html", b"", 0, 1), ("latin.html", b"<p>caf\xe9</p>", 1, 0), ("nul.html", b"\x00", 1, 0),
         ("huge.html", b"<p>" * 200_000, 0, 1), ("space.html", b" \n ", 0, 1),
-        ("ids.jsonl", lines(["one", "two"]), 2, 0), ("blank.jsonl", b"\n\n  \n", 0, 0), ("empty.jsonl", b"", 0, 0),
+        ("ids.jsonl", lines(["one", "two"]), 2, 0), ("blank.jsonl", b"\n\n  \n", 0, 3), ("empty.jsonl", b"", 0, 0),
         ("mac.jsonl", b'{"text": "a"}\r{"text": "b"}', 0, 1),
         ("long.jsonl", b'{"text": "' + b"y" * 50_000_000 + b'"}\n' + lines(["good"]), 1, 1),
         ("random.arrayrecord", bytes(range(256)) * 40, 0, 1), ("empty.arrayrecord", b"", 0, 1),
@@ -290,3 +291,71 @@ def test_a_file_that_goes_away_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match="is gone"):
         read_all(pieces)
+
+
+def test_blank_lines_are_counted_and_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + lines(["one"]) + b" \t\n")
+    pieces = pieces_of(tmp_path / "a.jsonl")
+    for c in (RawConfig(), RawConfig(bad="refuse")):
+        texts, broken = read_all(pieces, c)
+        assert texts == ["one"] and [(b.reason, b.size) for b in broken] == [("blank line", 1), ("blank line", 3)]
+    assert read_all(pieces, RawConfig(field=readers.EVERY, bad="refuse")) == (["one"], [])  # an evaluation set
+
+
+def test_a_line_may_be_as_long_as_escapes_make_it(tmp_path: Path) -> None:
+    text = "é" * 300_000  # six characters of JSON for two bytes
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": text, "other": "x" * 2_000_000}).encode() + b"\n")
+    assert read_all(pieces_of(tmp_path / "a.jsonl"), RawConfig(max_document_bytes=600_000)) == ([text], [])
+
+
+def test_a_name_that_is_not_utf8_is_read_and_can_be_written(tmp_path: Path) -> None:
+    write_every_kind(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        odd = path.with_name(os.fsdecode(b"caf\xe9-") + path.name)
+        path.rename(odd)
+        with odd.open("ab") as file:
+            file.write(b"\x00nonsense\n" if path.suffix == ".jsonl" else b"")
+        found = [x for piece in pieces_of(odd) for x in readers.read(piece, RawConfig())]
+        assert sum(isinstance(x, Document) for x in found) == len(TEXTS), path.name
+        assert all("caf\\xe9-" in x.origin and x.origin.encode("utf-8") for x in found)
+
+
+# ------------------------------------------------------------------------------------------------------ which are found
+
+
+def test_a_file_by_two_names_is_named_twice(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "b.jsonl").symlink_to(path)
+    with pytest.raises(ConfigError, match="is named twice"):
+        inputs.find((str(tmp_path / "*.jsonl"),))
+
+
+def test_an_output_in_a_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write_jsonl(tmp_path / "raw" / "a.jsonl", ["x"])
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    for name in ("raw", "link"):
+        for out in ("raw", "raw/out", "link/deep/out"):
+            with pytest.raises(ConfigError, match="holds the output"):
+                inputs.check_output(tmp_path / out, (str(tmp_path / name),))
+    inputs.check_output(tmp_path / "rawer", (str(tmp_path / "raw"), "python", str(tmp_path / "raw" / "a.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("manifest.json", '{"format": 2, "shards": ["shard-00000"]}'),
+        ("plan.json", '{"format": 2, "config": {}, "files": [], "parts": []}'),
+    ],
+)
+def test_what_was_prepared_is_not_raw(name: str, text: str, tmp_path: Path) -> None:
+    for folder in ("old/work", "ours"):
+        (tmp_path / "raw" / folder).mkdir(parents=True)
+    write_jsonl(tmp_path / "raw" / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "raw" / "old" / "work" / "b.jsonl", ["x"])
+    write_jsonl(tmp_path / "raw" / "ours" / "c.jsonl", ["x"])
+    (tmp_path / "raw" / "ours" / "plan.json").write_text('{"who": "somebody else"}')
+    (tmp_path / "raw" / "old" / name).write_text(text)
+    for source, others in (("raw", 3), ("raw/**/*.jsonl", 1)):
+        found, ignored = inputs.find((str(tmp_path / source),))
+        assert [Path(f.path).name for f in found] == ["a.jsonl", "c.jsonl"] and ignored == others

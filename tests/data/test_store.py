@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm_jax import paths
 from lm_jax.data import store
 from lm_jax.data.store import Store, Writer, whole
 from lm_jax.errors import UserError
@@ -97,3 +99,17 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
         read(Store(tmp_path), [(0, 0, 5)])
+
+
+def test_a_file_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            for _ in range(20):
+                writer.write(np.arange(20_000) % 1000)
+            writer.finish(np.zeros(20, bool), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in paths.reason(caught.value)
