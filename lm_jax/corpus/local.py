@@ -54,11 +54,19 @@ def run(plan: Plan, processes: int) -> None:
 def _uninterrupted() -> Iterator[None]:
     """Processes that are started in the body never see Ctrl-C, which goes to all that a terminal runs: this one ends
     them. What comes in the meantime comes at its end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    # Here it may still reach another thread, and Python would raise it in this one, with a process half started.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if main else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _run_stage(plan: Plan, stage: str, pool: concurrent.futures.Executor) -> None:
