@@ -31,7 +31,7 @@ def run(plan: Plan, processes: int) -> None:
     Raises:
       UserError: for raw files or settings that cannot be used.
       Failure: where storage fails, or a worker is killed; the same command goes on from there.
-      SystemExit: after Ctrl-C.
+      SystemExit: after Ctrl-C, once the workers have ended; nothing more is said.
     """
     folders.clear_unfinished(plan)
     # Not forked: the libraries that workers use have threads. A worker keeps what it has loaded from task to task.
@@ -47,6 +47,8 @@ def run(plan: Plan, processes: int) -> None:
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+            # A thread of the pool may find that its workers are gone while it is being closed, and say so at length.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             raise SystemExit(128 + signal.SIGINT) from None
 
 
