@@ -37,7 +37,7 @@ SETUP = flags.DEFINE_string(
 def main(values: ConfigDict) -> int:
     from lm_jax import paths
     from lm_jax.config import build
-    from lm_jax.corpus import extra, folders, inputs, stages
+    from lm_jax.corpus import extra, stages
     from lm_jax.corpus.config import PrepareConfig
     from lm_jax.errors import UserError
 
@@ -48,12 +48,9 @@ def main(values: ConfigDict) -> int:
         )
     out = Path(paths.run_path(OUT.value))
     extra.check()
-    given = stages.check(config)
-    inputs.check_output(out, config.raw.names)
     if EXECUTOR.value == "slurm" and not PARTITION.value:
         raise UserError("--partition is missing: the partition of SLURM that the jobs run in (see sinfo)")
-    found, ignored = inputs.find(config.raw.names)
-    plan = folders.Plan(out, config, found, inputs.parts(found, config.work.part_bytes), ignored, given)
+    plan = stages.make_plan(out, config)
     with paths.lock(paths.run_path(out)):
         return _prepare(plan)
 

@@ -18,11 +18,11 @@ from lm_jax.config import redact, to_dict
 from lm_jax.corpus import duplicates, folders, report
 from lm_jax.corpus.folders import Plan
 from lm_jax.corpus.ledger import Ledger, by_size, merged
+from lm_jax.data.joined import SHARDED
 from lm_jax.data.store import MANIFEST, whole
 from lm_jax.data.tokenizers import load
 from lm_jax.errors import UserError
 
-FORMAT = 2  # of the manifest of a folder of shards
 _SUMMED = ("documents", "dropped", "tokens", "targets", "bytes", "predicted_bytes")
 _CLUSTERS, _MEMBERS = 6, 3  # that the page shows
 
@@ -103,7 +103,7 @@ def _manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for side, n in written[key].items():
                 counts[side] = counts.get(side, 0) + n
         values = {key: written[key] for key in values}
-    return {"format": FORMAT, "shards": names, **sums, **values, "plan": plan.digest}
+    return {"format": SHARDED, "shards": names, **sums, **values, "plan": plan.digest}
 
 
 def sign(shard: Path, plan: Plan) -> None:
@@ -230,7 +230,7 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}\n{folders.REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_all(manifest):
+    if not isinstance(manifest, dict) or manifest.get("format") != SHARDED or not _has_all(manifest):
         raise UserError(f"{path} is not one that this command writes, or is damaged\n{folders.REMEDY}")
     if manifest.get("plan") != plan.digest:
         raise UserError(f"{path} was made by another config or of other raw files\n{folders.REMEDY}")

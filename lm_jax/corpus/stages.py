@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, minhash, readers
+from lm_jax.corpus import boilerplate, decontamination, duplicates, finish, folders, inputs, minhash, readers
 from lm_jax.corpus import words as W
 from lm_jax.corpus.config import PrepareConfig
 from lm_jax.corpus.folders import Plan, Text
@@ -92,15 +92,20 @@ def stages_of(plan: Plan) -> list[str]:
     return [name for name in STAGES if name not in left_out]
 
 
-def check(c: PrepareConfig) -> dict[str, list[str]]:
-    """Looks for what is named in a config but for the raw files, before any work is begun.
-
-    Returns:
-      By config key, what tells it from another: a plan's `given`.
+def make_plan(out: Path, c: PrepareConfig) -> Plan:
+    """The work that a config asks for, before any of it is begun.
 
     Raises:
-      ConfigError: where it is not there, or cannot be used.
+      ConfigError: where something that is named is not there, or cannot be used.
     """
+    given = _given(c)
+    inputs.check_output(out, c.raw.names)
+    found, ignored = inputs.find(c.raw.names)
+    return Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, given)
+
+
+def _given(c: PrepareConfig) -> dict[str, list[str]]:
+    """By config key, what tells the files that are named but for the raw ones from others."""
     given = _sets(c)
     if c.tokens.tokenizer not in ("bytes", "sentencepiece"):
         given[_TOKENIZER] = [tokenizers.open_path(c.tokens.tokenizer, c.tokens.boundary, _TOKENIZER).fingerprint]

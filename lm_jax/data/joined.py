@@ -15,7 +15,7 @@ import numpy as np
 
 from lm_jax.data import cache
 from lm_jax.data.fim import FillInTheMiddle, FimReader, plan_of
-from lm_jax.data.packing import Pieces, Plan, TokenReader, by_group, key, permutation
+from lm_jax.data.packing import Pieces, Plan, TokenReader, by_group, key, permutation, way_of
 from lm_jax.data.progress import Progress
 from lm_jax.data.store import MANIFEST, Store, spread, whole
 from lm_jax.errors import UserError
@@ -157,9 +157,8 @@ class ShardedPlan:
 
     @property
     def way(self) -> str:
-        packed = self._packed.get("packing", "split")
-        way = "" if packed == "split" else f", {packed}" + (", truncated" if self._packed.get("truncate") else "")
-        return way + ("" if self._fim is None else f", {self._fim.way}")
+        rewritten = "" if self._fim is None else self._fim.way
+        return way_of(self._packed.get("packing", "split"), self._packed.get("truncate", False), rewritten)
 
     def name_of(self, document: int) -> str:
         shard = bisect.bisect_right(self._firsts, document) - 1
@@ -222,10 +221,8 @@ class ShardedPlan:
         found = []
         with Progress("counting rows", len(self.shards)) as progress:
             for shard in range(len(self.shards)):
-                if (
-                    self.shards.parts[shard]["tokens"].get(self.side, 0)
-                    > self.shards.parts[shard]["documents"][self.side]
-                ):
+                part = self.shards.parts[shard]
+                if part["tokens"].get(self.side, 0) > part["documents"].get(self.side, 0):
                     plan = self._make(shard)
                     found.append((plan.rows_per_epoch, plan.pairs, plan.left_out))
                 else:  # nothing of this side in it, or documents of a single token

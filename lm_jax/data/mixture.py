@@ -102,11 +102,13 @@ class Mixture:
         stages: Sequence[Stage],
         seed: int | None,
     ) -> None:
-        """Args:
-        names, parts: the sources and the rows of each, all of one length.
-        sizes: how many documents each has, those of the other sides included: how the pieces' documents are counted.
-        stages: the shares of rows.
-        seed: decides who goes first where two are due alike.
+        """Rows of sources in turn.
+
+        Args:
+          names, parts: the sources and the rows of each, all of one length.
+          sizes: how many documents each has, those of the other sides included: how the pieces' documents are counted.
+          stages: the shares of rows.
+          seed: decides who goes first where two are due alike.
         """
         self.names, self.parts = tuple(names), tuple(parts)
         self.firsts = [0, *itertools.accumulate(sizes)]

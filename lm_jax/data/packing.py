@@ -176,8 +176,7 @@ class Plan:
 
     @property
     def way(self) -> str:
-        packed = "" if self.packing == "split" else f", {self.packing}" + (", truncated" if self.truncate else "")
-        return packed + (f", {self._rewritten}" if self._rewritten else "")
+        return way_of(self.packing, self.truncate, self._rewritten)
 
     def name_of(self, document: int) -> str:
         return f"document {document}"
@@ -262,6 +261,12 @@ class Plan:
             first=np.concatenate([np.arange(self._whole + 1), self._whole + ends]),
             rows=rows,
         )
+
+
+def way_of(packing: str, truncate: bool, rewritten: str) -> str:
+    """`Rows.way` of a set of documents."""
+    packed = "" if packing == "split" else f", {packing}" + (", truncated" if truncate else "")
+    return packed + (f", {rewritten}" if rewritten else "")
 
 
 def key(seed: int, epoch: int, use: str) -> int:

@@ -151,12 +151,16 @@ def prepare_evaluation(
       UserError: for a source that cannot be used, and for text that the tokenizer cannot encode.
     """
     plain = dataclasses.replace(config, mixture={}, source=source, held_out=0.0, test=0.0)
-    if not is_sharded(source) and {path.suffix.lower() for path in find_files(source, key).paths} == {".txt"}:
+    if config.prompt_field and not is_sharded(source) and _plain_text(source, key):
         plain = dataclasses.replace(plain, prompt_field=None)  # such files have no fields
     one = open_source(plain, tokenizer, key)
     for note in _notes(one, tokenizer, None):
         print(f"{one.label}: {note}", file=sys.stderr)
     return _text_set(one, "train", length)
+
+
+def _plain_text(source: str | tuple[str, ...], key: str) -> bool:
+    return all(path.suffix.lower() == ".txt" for path in find_files(source, key).paths)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows

@@ -6,8 +6,8 @@ problem", Discrete Mathematics 32): then none of the `m` is ever a whole place a
 shares are and however they change.
 
 Shares are whole numbers, so nothing is rounded on the way, and the order repeats: place `n` is found without what
-stands before it. Worked out are the first period of each stage and the last few before the shares change: at 4 us a
-place a quarter of a second for the longest.
+stands before it. Worked out are the first period of each stage and the last few before the shares change. A place
+takes some 4 us (x86), so the longest period a quarter of a second.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 
 from lm_jax.corpus import cluster, stages
 from lm_jax.errors import Failure, UserError
-from tests.corpus.test_prepare import config, contents, planned, prepare, raw
+from tests.corpus.test_prepare import config, contents, prepare, raw
+from tests.corpus.texts import planned
 from tests.support.processes import ROOT, environment
 from tests.support.stand_ins import Answer, StandIns
 

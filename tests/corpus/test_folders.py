@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lm_jax.corpus import finish, folders, inputs, stages
+from lm_jax.corpus import finish, folders, stages
 from lm_jax.corpus.config import (
     CleaningConfig,
     DecontaminationConfig,
@@ -22,7 +22,7 @@ from lm_jax.corpus.config import (
 from lm_jax.data import tokenizers
 from lm_jax.data.joined import Shards
 from lm_jax.errors import UserError
-from tests.corpus.texts import prose, write_jsonl
+from tests.corpus.texts import planned, prose, work_on, write_jsonl
 
 
 def config(folder: Path, **changes: Any) -> PrepareConfig:
@@ -33,19 +33,6 @@ def config(folder: Path, **changes: Any) -> PrepareConfig:
         "work": WorkConfig(part_bytes=6_000),
     }
     return PrepareConfig(**{**sections, **changes})
-
-
-def planned(out: Path, c: PrepareConfig) -> folders.Plan:
-    found, ignored = inputs.find(c.raw.names)
-    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, stages.check(c))
-    folders.write_plan(plan)
-    return plan
-
-
-def work_on(plan: folders.Plan) -> None:
-    for stage in stages.stages_of(plan):
-        for task in range(stages.tasks_of(plan, stage)):
-            stages.run_task(plan.out, stage, task)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 
 from launch import cli, prepare_data
 from lm_jax import paths
-from lm_jax.corpus import finish, folders, inputs, local, stages
+from lm_jax.corpus import finish, folders, local, stages
 from lm_jax.corpus.config import (
     CleaningConfig,
     DecontaminationConfig,
@@ -35,7 +35,7 @@ from lm_jax.data.config import DataConfig
 from lm_jax.data.corpus import hold_out, text_hash
 from lm_jax.data.store import Store, whole
 from lm_jax.errors import UserError
-from tests.corpus.texts import edited, prose, write_jsonl
+from tests.corpus.texts import edited, planned, prose, work_on, write_jsonl
 from tests.support.processes import ROOT, environment, run_module
 
 RULES = ("html", "unicode", "language", "repeated_lines", "gopher_quality", "gopher_repetition", "personal_data")
@@ -85,19 +85,9 @@ def config(folder: Path, **changes: Any) -> PrepareConfig:
     return PrepareConfig(**{**sections, **changes})
 
 
-def planned(out: Path, c: PrepareConfig) -> folders.Plan:
-    found, ignored = inputs.find(c.raw.names)
-    plan = folders.Plan(out, c, found, inputs.parts(found, c.work.part_bytes), ignored, stages.check(c))
-    folders.write_plan(plan)
-    return plan
-
-
 def prepare(out: Path, c: PrepareConfig) -> folders.Plan:
-    """All stages in this process, one task after another."""
     plan = planned(out, c)
-    for stage in stages.stages_of(plan):
-        for task in range(stages.tasks_of(plan, stage)):
-            stages.run_task(out, stage, task)
+    work_on(plan)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""Texts made on the spot: sentences of words drawn by their rank, and what is planted in them."""
+"""Texts made on the spot: sentences of words drawn by their rank, and what is planted in them; and all work on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+
+from lm_jax.corpus import folders, stages
+from lm_jax.corpus.config import PrepareConfig
 
 COMMON = (
     *("the", "of", "and", "to", "a", "in", "that", "have", "with", "be", "was", "for", "it", "on", "as", "are", "this"),
@@ -53,3 +56,17 @@ def edited(text: str, changes: int, seed: int) -> str:
 def write_jsonl(path: Path, texts: Sequence[str], **more: object) -> Path:
     path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
     return path
+
+
+def planned(out: Path, c: PrepareConfig) -> folders.Plan:
+    """The plan of a config, written down in its folder."""
+    plan = stages.make_plan(out, c)
+    folders.write_plan(plan)
+    return plan
+
+
+def work_on(plan: folders.Plan) -> None:
+    """All stages in this process, one task after another."""
+    for stage in stages.stages_of(plan):
+        for task in range(stages.tasks_of(plan, stage)):
+            stages.run_task(plan.out, stage, task)
