@@ -44,6 +44,8 @@ Array = jax.Array
 
 _PIECE = 128  # queries of a short call's block; smaller ones save less than their products lose
 _MOST_PIECES = 8  # each is a piece of program of its own
+# Narrower heads may keep as much as heads of this: T 128 to 896, H 8 to 32 took 1.1 to 4.5 times as long in loops.
+_NARROW = 64
 # A long call's tile. From 128 to 512 by 256 to 1024 the others took 0.96 to 1.25 of its time (T 1024, 2048, 4096).
 _Q, _P = 256, 512
 
@@ -96,7 +98,8 @@ def _known_kinds(mask: AttentionMask, T: int, S: int, q_block: int, kv_block: in
 
 def kept_probabilities(call: Call) -> int:
     """How many probabilities a row keeps for the backward pass: all that it computes, or 0 where that is more than the
-    numbers in its queries, keys, values, output and their gradients. Only shapes are read.
+    numbers in its queries, keys, values, output and their gradients would be with heads of 64 or more. Only shapes are
+    read.
 
     Up to there they are linear in length by that rule (causal, G 1: T up to 16 H - 128), and keeping them is faster
     than computing them again (T 256 by 1.4, 512 and 768 by 1.3).
@@ -105,7 +108,7 @@ def kept_probabilities(call: Call) -> int:
     kept = N * sum(piece.size for piece in pieces(call.mask, T, S))
     if call.soft_cap is not None:
         kept *= 2  # and how steep the cap is at each
-    return kept if kept <= 4 * (T * N + S * K) * H else 0
+    return kept if kept <= 4 * (T * N + S * K) * max(H, _NARROW) else 0
 
 
 # ------------------------------------------------------------------------------------------------- what both ways need

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_jax.kernels.flash_attention import AttentionMask, pallas_tpu_forward, reference
+from lm_jax.kernels.flash_attention import AttentionMask, pallas_tpu_forward, reference, xla
 from lm_jax.kernels.flash_attention.implementation import Call
 from tests.kernels.flash_attention.cases import (
     MASKS,
@@ -45,11 +47,25 @@ def slow_unless(fast: bool, *values: Any) -> Any:
 # --- xla -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["kept", "in loops"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the probabilities that the forward pass kept, and as long rows are computed."""
+    if request.param == "in loops":
+        jax.clear_caches()  # a call's program is known by its arguments
+        monkeypatch.setattr(xla, "kept_probabilities", lambda call: 0)
+        yield
+        jax.clear_caches()
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_xla_on_every_mask(mask: str) -> None:
     check("xla", Shape(), MASKS[mask])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o != "plain"])
 def test_xla_with_every_option(options: str) -> None:
     check("xla", Shape(), MASKS["segments"], OPTIONS[options])

@@ -16,7 +16,9 @@ from lm_jax.kernels.flash_attention.xla_tiles import from_band, to_band
 H = 16
 
 
-def call_of(T: int, S: int | None = None, N: int = 2, K: int = 2, mask: AttentionMask | None = None) -> Call:
+def call_of(
+    T: int, S: int | None = None, N: int = 2, K: int = 2, mask: AttentionMask | None = None, H: int = H
+) -> Call:
     q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, N, H), (1, S or T, K, H)))
     return Call(q, k, k, mask or AttentionMask(), 0.25)
 
@@ -52,12 +54,16 @@ def test_only_what_is_surely_open_is_not_masked() -> None:
 
 
 def test_probabilities_are_kept_up_to_the_size_of_the_operands_and_their_gradients() -> None:
-    assert xla.kept_probabilities(call_of(128)) == 2 * 128 * 128 == 4 * (2 * 128 + 2 * 128) * H  # just as many
-    assert xla.kept_probabilities(call_of(144)) == 0
+    open = AttentionMask(causal=False)
+    for h in (16, 64):  # narrow heads keep what heads of 64 do
+        just = xla.kept_probabilities(call_of(512, mask=open, H=h))
+        assert just == 2 * 512 * 512 == 4 * (2 * 512 + 2 * 512) * 64
+        assert xla.kept_probabilities(call_of(528, mask=open, H=h)) == 0
+    assert xla.kept_probabilities(call_of(528, mask=open, H=80)) == 2 * 528 * 528
     decoding = AttentionMask(q_offset=jnp.zeros(1, jnp.int32), kv_length=jnp.ones(1, jnp.int32))
     assert xla.kept_probabilities(call_of(1, 100_000, N=8, mask=decoding)) == 8 * 100_000  # one block, however long
-    assert xla.kept_probabilities(call_of(128)._replace(soft_cap=2.0)) == 0  # twice as many
-    assert xla.kept_probabilities(call_of(64)._replace(soft_cap=2.0)) == 2 * 2 * 64 * 64
+    assert xla.kept_probabilities(call_of(512, mask=open)._replace(soft_cap=2.0)) == 0  # twice as many
+    assert xla.kept_probabilities(call_of(256, mask=open)._replace(soft_cap=2.0)) == 2 * 2 * 256 * 256
 
 
 def test_decoding_is_one_block_for_a_row() -> None:
@@ -83,10 +89,10 @@ def test_memory_is_linear_in_length(mask: AttentionMask) -> None:
     assert at[16384] < 16 * 16384 * 2 * H * 4  # some operands' worth
 
 
-@pytest.mark.parametrize("T", [32, 128, 144, 512])
+@pytest.mark.parametrize("T", [32, 128, 512, 896, 960])
 def test_memory_is_some_operands_worth_at_short_lengths_too(T: int) -> None:
     tile = 2 * 128 * min(T, 128) * 4 if T <= 128 else 2 * 256 * 512 * 4
-    assert working_memory(T, AttentionMask()) < 16 * T * 2 * H * 4 + 6 * tile
+    assert working_memory(T, AttentionMask()) < 16 * T * 2 * 64 * 4 + 6 * tile
 
 
 def test_dead_tiles_are_not_computed() -> None:
