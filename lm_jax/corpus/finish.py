@@ -66,6 +66,9 @@ def finish(plan: Plan, stages: Sequence[str]) -> None:
         records[stage] = [folders.read_record(folder) for folder in tasks]
     shards = [told["told"] for _, told in records["shards"] if told["told"]["shard"]]
     manifest = _manifest(plan, shards)
+    if not any(manifest["documents"].values()):
+        lost = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
+        raise UserError(f"no document is left: tokenising dropped {lost}\ngive other text, or another tokens.tokenizer")
     ledger = merged(ledger for found in records.values() for ledger, _ in found)
     _count_tokens(ledger, shards, manifest)
     ledger.check()
@@ -80,6 +83,7 @@ def finish(plan: Plan, stages: Sequence[str]) -> None:
         compared=records["duplicates"][0][1]["told"],
         timings={stage: _timing([told for _, told in records[stage]]) for stage in stages},
         shards=[(shard["shard"], shard["manifest"]["documents"], shard["manifest"]["tokens"]) for shard in shards],
+        sources=_sources(plan, [told["told"] for _, told in records["clean"]], shards),
     )
     for name, data in report.write(found).items():
         paths.write_bytes_atomic(paths.run_path(plan.out / name), data)
@@ -151,6 +155,21 @@ def _files(plan: Plan) -> dict[str, Any]:
         counts[0] += 1
         counts[1] += file.size
     return {"kinds": kinds, "ignored": plan.ignored, "parts": len(plan.parts)}
+
+
+def _sources(plan: Plan, read: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]]) -> dict[str, report.Source]:
+    """What came in of each source, and what the shards have of it."""
+
+    def total(told: Sequence[dict[str, Any]], number: int, width: int) -> list[int]:
+        found = [of["sources"].get(str(number), [0] * width) for of in told]
+        return [sum(column) for column in zip(*found, strict=True)] or [0] * width
+
+    return {
+        name: report.Source(
+            sum(file.source == number for file in plan.files), *total(read, number, 2), *total(shards, number, 3)
+        )
+        for number, name in enumerate(plan.config.raw.names)
+    }
 
 
 def _timing(told: Sequence[dict[str, Any]]) -> dict[str, float]:

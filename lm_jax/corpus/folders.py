@@ -31,7 +31,7 @@ from lm_jax.data.store import MANIFEST
 from lm_jax.errors import UserError
 from lm_jax.paths import storage_errors
 
-FORMAT = 2  # of the plan
+FORMAT = 3  # of the plan
 DOCUMENTS, RECORD = "documents.jsonl.zst", "record.json"
 _UNFINISHED = ".tmp-"
 
@@ -230,11 +230,12 @@ def clear_unfinished(plan: Plan) -> None:
 
 @dataclasses.dataclass
 class Text:
-    """A document between stages: its text, where it came from, its language."""
+    """A document between stages: its text, where it came from, its language, and which source it is of."""
 
     text: str
     origin: str
     language: str
+    source: int
 
     @functools.cached_property
     def data(self) -> bytes:
@@ -251,7 +252,8 @@ class Documents:
         self._stream = zstandard.ZstdCompressor(level=1).stream_writer(self._file)
 
     def write(self, document: Text) -> None:
-        line = json.dumps([document.text, document.origin, document.language], ensure_ascii=False)
+        values = [document.text, document.origin, document.language, document.source]
+        line = json.dumps(values, ensure_ascii=False)
         self._stream.write(line.encode("utf-8") + b"\n")
 
     def __enter__(self) -> Documents:

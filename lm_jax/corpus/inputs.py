@@ -71,12 +71,14 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A file of a source: where, of which kind, how large, when it was last written (nanoseconds; 0 if unknown)."""
+    """A file of a source: where, of which kind, how large, when it was last written (nanoseconds; 0 if unknown), and
+    which of the names led to it."""
 
     path: str
     kind: str
     size: int
     changed: int = 0
+    source: int = 0
 
 
 def kind_of(name: str) -> str | None:
@@ -97,9 +99,9 @@ def find(names: tuple[str, ...], key: str = "raw.sources") -> tuple[list[Found],
     """
     found: list[Found] = []
     ignored = 0
-    for name in names:
+    for number, name in enumerate(names):
         files, others = _find(name, key)
-        found += files
+        found += [dataclasses.replace(file, source=number) for file in files]
         ignored += others
     real = (f.path if f.kind == "hf" or "://" in f.path else os.path.realpath(f.path) for f in found)
     twice = [path for path, n in collections.Counter(real).items() if n > 1]

@@ -11,7 +11,7 @@ import numpy as np
 from lm_jax.corpus.ledger import Histograms, Step
 
 LEFT, GONE, CAME = "#2b6cb0", "#d95f02", "#a0aec0"
-_LANGUAGES = 12
+_BARS = 12  # of languages and sources
 
 
 def _figure(**options: Any) -> Any:
@@ -75,26 +75,48 @@ def lengths(read: Histograms, kept: Histograms) -> bytes:
 
 
 def languages(identified: Histograms, kept: Histograms) -> bytes:
-    """Bytes by language, before and after; the largest, and the rest together."""
+    """Bytes by language, before and after."""
 
     def size(histogram: Histograms, language: str) -> int:
         return histogram.languages.get(language, [0, 0])[1]
 
-    found = sorted({*identified.languages, *kept.languages}, key=lambda x: -max(size(identified, x), size(kept, x)))
-    shown, others = found[:_LANGUAGES], found[_LANGUAGES:]
-    figure = _figure(figsize=(8, 1.2 + 0.34 * (len(shown) + bool(others))), layout="constrained")
-    axis: Any = figure.subplots()
-    names = [*shown, *(["others"] if others else [])]
-    at = np.arange(len(names))[::-1]
-    for histogram, color, label, height in ((identified, CAME, "identified", 0.86), (kept, LEFT, "kept", 0.5)):
-        values = [size(histogram, x) for x in shown] + ([sum(size(histogram, x) for x in others)] if others else [])
-        axis.barh(at, values, height, color=color, label=label)
-    axis.set_yticks(at, ["cannot be told" if name == "und" else name for name in names])
+    found = {*identified.languages, *kept.languages}
+    sizes = {"cannot be told" if x == "und" else x: (size(identified, x), size(kept, x)) for x in sorted(found)}
+    figure, axis = _before_and_after(sizes, ("identified", "kept"))
     axis.xaxis.set_major_formatter(lambda n, _: amount(n))
     axis.set(xlabel="bytes")
+    return png(figure)
+
+
+def mixture(shares: Mapping[str, tuple[float, float]]) -> bytes:
+    """The share of each source of what came in, and of the tokens that result."""
+    figure, axis = _before_and_after(shares, ("of the text in", "of the tokens"))
+    axis.xaxis.set_major_formatter(lambda n, _: f"{n:.0%}")
+    return png(figure)
+
+
+def _before_and_after(values: Mapping[str, tuple[float, float]], labels: tuple[str, str]) -> tuple[Any, Any]:
+    """Figure and axis with a bar for each name, before and after; the largest, and the rest together."""
+    found = sorted(values, key=lambda name: -max(values[name]))
+    shown, others = found[:_BARS], found[_BARS:]
+    bars = [(_short(name), values[name]) for name in shown]
+    if others:
+        bars.append(("others", (sum(values[x][0] for x in others), sum(values[x][1] for x in others))))
+    figure = _figure(figsize=(8, 1.2 + 0.34 * len(bars)), layout="constrained")
+    axis: Any = figure.subplots()
+    at = np.arange(len(bars))[::-1]
+    for which, (color, height) in enumerate(((CAME, 0.86), (LEFT, 0.5))):
+        axis.barh(at, [pair[which] for _, pair in bars], height, color=color, label=labels[which])
+    axis.set_yticks(at, [name for name, _ in bars])
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    return png(figure)
+    return figure, axis
+
+
+def _short(name: str, most: int = 40) -> str:
+    """The end of a long name, where paths differ; what cannot be drawn is left out."""
+    plain = "".join(c if c.isprintable() else "?" for c in name.replace("$", r"\$"))
+    return plain if len(plain) <= most else "…" + plain[1 - most :]
 
 
 def clusters(sizes: Mapping[int, int]) -> bytes:

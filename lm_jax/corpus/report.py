@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import json
 import os
 import platform
@@ -16,6 +14,7 @@ from lm_jax import __version__
 from lm_jax.corpus import pictures
 from lm_jax.corpus.ledger import Histograms, Ledger, Step, by_size
 from lm_jax.corpus.pictures import amount
+from lm_jax.html_page import escape, figure, page, table
 
 PAGE, SUMMARY, NUMBERS, TIMINGS = "report.html", "report.md", "report.json", "timings.json"
 SHOWN = 400  # characters of a document in a cluster
@@ -28,6 +27,18 @@ class Clusters:
 
     sizes: Mapping[int, int]
     examples: Sequence[tuple[int, Sequence[tuple[str, str]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One name of `raw.sources`: files, documents and bytes of text that were read; what the shards have of it."""
+
+    files: int
+    documents_in: int
+    bytes_in: int
+    documents: int
+    bytes: int
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Findings:
       compared: pairs of documents that were compared, and that were alike.
       timings: by stage, tasks, seconds of all of them, of a clock and of a processor, and the most memory of one.
       shards: name, documents and tokens of each.
+      sources: by name, what came in and what is left.
     """
 
     ledger: Ledger
@@ -57,6 +69,7 @@ class Findings:
     compared: dict[str, Any]
     timings: dict[str, dict[str, float]]
     shards: Sequence[tuple[str, dict[str, int], dict[str, int]]]
+    sources: Mapping[str, Source]
 
 
 def write(found: Findings) -> dict[str, bytes]:
@@ -68,6 +81,7 @@ def write(found: Findings) -> dict[str, bytes]:
         "files": found.files,
         "clusters": dict(found.clusters.sizes),
         "evaluation_sets": found.evaluation_sets,
+        "sources": {name: dataclasses.asdict(source) for name, source in found.sources.items()},
         "pairs": {k: found.compared[k] for k in ("compared", "alike")},
     }
     return {
@@ -126,30 +140,13 @@ def _summary(found: Findings) -> str:
     for name, step in found.ledger.steps.items():
         for reason, documents, size in by_size(step.dropped):
             lines.append(f"| {name} | {reason} | {documents:,} | {size:,} |")
+    lines += ["", "The mixture that results:", ""]
+    lines += ["| source | bytes in | tokens |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {source.bytes_in:,} | {source.tokens:,} |" for name, source in found.sources.items()]
     return "\n".join([*lines, "", equation(found) + ".", "", f"All of it, with examples: [{PAGE}]({PAGE})", ""])
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 66rem;
-       padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: .2rem 0 1rem; } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-.summary { background: #f2f6fa; border-left: 4px solid #2b6cb0; padding: .8rem 1rem; font-size: 1.05rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
-.cards div { flex: 1 1 9rem; background: #f7f7f9; border-radius: .4rem; padding: .6rem .9rem; color: #555;
-             font-size: .85rem; }
-.cards b { display: block; font-size: 1.35rem; color: #1a1a1a; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-td:first-child, th:first-child, td.left, th.left { text-align: left; } th { border-bottom: 2px solid #999; }
-code, pre { font-size: .82rem; background: #f6f6f6; } pre { padding: .5rem .7rem; margin: .3rem 0; overflow-x: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; border-left: 3px solid #cbd5e0; }
-pre.gone { border-color: #d95f02; } pre.left { border-color: #2b6cb0; } .origin { color: #666; font-size: .8rem; }
-details { margin: .25rem 0; } summary { cursor: pointer; } .equation { font-size: 1.1rem; font-weight: 600; }
-"""
 
 
 def _page(found: Findings) -> str:
@@ -163,49 +160,20 @@ def _page(found: Findings) -> str:
         (f"{amount(last.bytes_out)}B", "of text are kept"),
         (amount(tokens["out"]), "tokens"),
     )
-    title = "What became of the raw text"
     body = [
-        f"<h1>{title}</h1>",
-        f'<p class="summary">{_e(" ".join(sentences(found)))}</p>',
-        '<div class="cards">' + "".join(f"<div><b>{_e(n)}</b>{_e(what)}</div>" for n, what in cards) + "</div>",
+        f'<p class="summary">{escape(" ".join(sentences(found)))}</p>',
+        '<div class="cards">' + "".join(f"<div><b>{escape(n)}</b>{escape(what)}</div>" for n, what in cards) + "</div>",
         *_came_in(found),
         *_steps(found.ledger),
         *_reasons(found.ledger),
         *_histograms(found.ledger),
         *_duplicates(found),
         *_evaluation_sets(found),
+        *_mixture(found.sources),
         *_tokens(found),
         *_made(found),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
-
-
-def _e(text: str) -> str:
-    """Text as HTML: characters that would act on the page, or are not to be seen, as what they are."""
-    shown = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return html.escape(shown)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose first `left` columns are words."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        marks = (f'<{tag} class="left">' if i < left else f"<{tag}>" for i in range(len(cells)))
-        return "<tr>" + "".join(f"{m}{_e(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
-
-    return f'<div class="wide"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{_e(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_e(caption)}</figcaption></figure>"
-    )
+    return page("What became of the raw text", body)
 
 
 def _share(part: int, whole: int) -> str:
@@ -218,7 +186,7 @@ def _came_in(found: Findings) -> list[str]:
     return [
         "<h2>What came in</h2>",
         f"<p>Bytes are those of the files as they lie, compressed or not.{more}</p>",
-        _table(("files", "how many", "size"), rows),
+        table(("files", "how many", "size"), rows),
     ]
 
 
@@ -234,8 +202,8 @@ def _steps(ledger: Ledger) -> list[str]:
     columns = ("step", "documents in", "dropped", "", "changed", "bytes in", "bytes taken", "")
     return [
         "<h2>What each step took</h2>",
-        _figure(pictures.waterfall(list(ledger.steps.items())), "What is left behind each step, and what it took."),
-        _table(columns, rows),
+        figure(pictures.waterfall(list(ledger.steps.items())), "What is left behind each step, and what it took."),
+        table(columns, rows),
     ]
 
 
@@ -244,13 +212,13 @@ def _reasons(ledger: Ledger) -> list[str]:
     for name, step in ledger.steps.items():
         if not step.dropped and "changed" not in step.examples and not step.pieces:
             continue
-        out.append(f"<h3>{_e(name.replace('_', ' '))}</h3>")
+        out.append(f"<h3>{escape(name.replace('_', ' '))}</h3>")
         if step.dropped:
             rows = [[reason, f"{n:,}", f"{size:,}"] for reason, n, size in by_size(step.dropped)]
-            out.append(_table(("dropped because", "documents", "bytes"), rows))
+            out.append(table(("dropped because", "documents", "bytes"), rows))
         if step.pieces:
             pieces = "; ".join(f"{n:,} {what}" for what, n in step.pieces.items())
-            out.append(f"<p>Within documents: {_e(pieces)}.</p>")
+            out.append(f"<p>Within documents: {escape(pieces)}.</p>")
         out += _examples(step)
     return out
 
@@ -260,23 +228,23 @@ def _examples(step: Step) -> list[str]:
     for reason, found in step.examples.items():
         parts = []
         for example in found:
-            parts.append(f'<div class="origin">{_e(example.origin)}</div>')
-            kind = "gone" if example.after is None else "before"
-            parts.append(f'<pre class="{kind}">{_e(example.text)}</pre>')
+            parts.append(f'<div class="origin">{escape(example.origin)}</div>')
+            kind = "text gone" if example.after is None else "text"
+            parts.append(f'<pre class="{kind}">{escape(example.text)}</pre>')
             if example.after is not None:
-                parts.append(f'<pre class="left">{_e(example.after)}</pre>')
+                parts.append(f'<pre class="text kept">{escape(example.after)}</pre>')
         what = "changed: before and after" if reason == "changed" else f"dropped: {reason}"
-        out.append(f"<details><summary>{_e(what)}</summary>{''.join(parts)}</details>")
+        out.append(f"<details><summary>{escape(what)}</summary>{''.join(parts)}</details>")
     return out
 
 
 def _histograms(ledger: Ledger) -> list[str]:
     kept = ledger.histograms.get("kept", Histograms())
     read = ledger.histograms.get("read", Histograms())
-    out = ["<h2>Lengths</h2>", _figure(pictures.lengths(read, kept), "Documents by length, before and after.")]
+    out = ["<h2>Lengths</h2>", figure(pictures.lengths(read, kept), "Documents by length, before and after.")]
     identified = ledger.histograms.get("identified")
     if identified is not None:
-        out += ["<h2>Languages</h2>", _figure(pictures.languages(identified, kept), "Bytes by language.")]
+        out += ["<h2>Languages</h2>", figure(pictures.languages(identified, kept), "Bytes by language.")]
     return out
 
 
@@ -291,9 +259,12 @@ def _duplicates(found: Findings) -> list[str]:
         f"<p>{members:,} documents are in {clusters:,} clusters; the first of each is kept. {told['compared']:,} pairs "
         f"of signatures were compared, {told['alike']:,} were alike.</p>"
     )
-    out.append(_figure(pictures.clusters(sizes), "Clusters by their number of documents."))
+    out.append(figure(pictures.clusters(sizes), "Clusters by their number of documents."))
     for size, examples in found.clusters.examples:
-        parts = [f'<div class="origin">{_e(origin)}</div><pre>{_e(text)}</pre>' for origin, text in examples]
+        parts = [
+            f'<div class="origin">{escape(origin)}</div><pre class="text">{escape(text)}</pre>'
+            for origin, text in examples
+        ]
         out.append(f"<details><summary>a cluster of {size:,}</summary>{''.join(parts)}</details>")
     return out
 
@@ -312,8 +283,21 @@ def _evaluation_sets(found: Findings) -> list[str]:
         "<h2>Evaluation sets</h2>",
         f"<p>A document is dropped that has {words} words in a row in common with a set. Texts that are shorter cannot "
         "be found.</p>",
-        _table(("set", "texts", "too short", "runs of words", "documents dropped"), rows),
+        table(("set", "texts", "too short", "runs of words", "documents dropped"), rows),
     ]
+
+
+def _mixture(sources: Mapping[str, Source]) -> list[str]:
+    read, tokens = sum(s.bytes_in for s in sources.values()), sum(s.tokens for s in sources.values())
+    rows = [
+        [name, f"{s.files:,}", f"{s.documents_in:,}", f"{amount(s.bytes_in)}B", _share(s.bytes_in, read),
+         f"{s.documents:,}", f"{amount(s.bytes)}B", f"{s.tokens:,}", _share(s.tokens, tokens)]
+        for name, s in sources.items()
+    ]  # fmt: skip
+    columns = ("source", "files", "documents in", "text in", "", "documents kept", "text kept", "tokens", "")
+    shares = {name: (s.bytes_in / max(read, 1), s.tokens / max(tokens, 1)) for name, s in sources.items()}
+    drawn = figure(pictures.mixture(shares), "What each source is of what came in, and of the tokens that result.")
+    return ["<h2>The mixture that results</h2>", *([drawn] if len(sources) > 1 else []), table(columns, rows)]
 
 
 def _tokens(found: Findings) -> list[str]:
@@ -335,9 +319,9 @@ def _tokens(found: Findings) -> list[str]:
     columns = ("shard", "documents", "held out", "tokens", "held out")
     return [
         "<h2>Tokens</h2>",
-        f'<p class="equation">{_e(equation(found))}</p>',
-        f"<p>Tokenizer: {_e(tokenizer['kind'])}, {tokenizer['vocab_size']:,} ids.{_e(caveat)}</p>",
-        _table(columns, [["all", *every], *rows]),
+        f'<p class="equation">{escape(equation(found))}</p>',
+        f"<p>Tokenizer: {escape(tokenizer['kind'])}, {tokenizer['vocab_size']:,} ids.{escape(caveat)}</p>",
+        table(columns, [["all", *every], *rows]),
     ]
 
 
@@ -350,9 +334,9 @@ def _made(found: Findings) -> list[str]:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     return [
         "<h2>How this was made</h2>",
-        _table(("stage", "tasks", "seconds of all tasks", "of a processor", "most memory of a process, MiB"), rows),
-        f"<p>lm_jax {__version__}; {_e(versions)}; {_e(machine)}.</p>",
-        f"<details><summary>The config</summary><pre>{_e(json.dumps(found.config, indent=1))}</pre></details>",
+        table(("stage", "tasks", "seconds of all tasks", "of a processor", "most memory of a process, MiB"), rows),
+        f"<p>lm_jax {__version__}; {escape(versions)}; {escape(machine)}.</p>",
+        f"<details><summary>The config</summary><pre>{escape(json.dumps(found.config, indent=1))}</pre></details>",
     ]
 
 

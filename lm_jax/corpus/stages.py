@@ -16,6 +16,7 @@ ended. The work of a task that is done is never done again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -148,8 +149,10 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     for name in c.cleaning.rules:  # in their order, also where no document comes so far
         ledger.step(name)
     lines, texts = [_NONE], [_NONE]
+    sources: Counts = {}
     with folders.Documents(folder) as kept:
         for piece in plan.parts[task]:
+            source = plan.known[piece.path].source
             for found in readers.read(piece, c.raw):
                 if isinstance(found, readers.Broken):
                     read.drop(found.reason, found.size)
@@ -158,8 +161,9 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
                 size = len(found.text.encode("utf-8"))
                 read.keep(size, size)
                 ledger.histogram("read").add(size, "")
+                _add(sources, source, 1, size)
                 if _apply_rules(found, size, plan, ledger):
-                    document = Text(found.text, found.origin, found.language)
+                    document = Text(found.text, found.origin, found.language, source)
                     kept.write(document)
                     if c.lines.max_documents:
                         lines.append(np.unique(boilerplate.line_hashes(found.text, c.lines.min_characters)[1]))
@@ -171,10 +175,15 @@ def _clean(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
         order = np.argsort(flat, kind="stable")
         np.save(folder / "lines", flat[order])
         np.save(folder / "texts", np.concatenate(texts)[order])
-    return {}
+    return {"sources": sources}
 
 
 _NONE = np.zeros(0, np.uint64)
+Counts = dict[int, list[int]]  # by source
+
+
+def _add(counts: Counts, source: int, *more: int) -> None:
+    counts[source] = [a + b for a, b in zip(counts.get(source, [0] * len(more)), more, strict=True)]
 
 
 def _digest(document: Text) -> bytes:
@@ -328,7 +337,7 @@ def _without_lines(document: Text, frequent: np.ndarray, plan: Plan, ledger: Led
         return None
     if step.wants_example("changed"):
         step.example("changed", document.origin, document.text, text)
-    shorter = Text(text, document.origin, document.language)
+    shorter = dataclasses.replace(document, text=text)
     step.keep(size, len(shorter.data), changed=True)
     return shorter
 
@@ -364,7 +373,8 @@ def _duplicates(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     np.save(folder / "held_out", held)
     np.save(folder / "first", found.first)
     counts = [int((part == duplicates.KEPT).sum()) for part in _by_part(plan, found.status)]
-    return {"kept": counts, "compared": found.compared, "alike": found.alike}
+    lengths = [len(a) for a in folders.arrays(plan, "sign", "sizes")]
+    return {"kept": counts, "documents": lengths, "compared": found.compared, "alike": found.alike}
 
 
 def _count(status: np.ndarray, sizes: np.ndarray, ledger: Ledger, exact: bool, near: bool) -> None:
@@ -391,7 +401,10 @@ def _by_part(plan: Plan, values: np.ndarray) -> list[np.ndarray]:
 
 
 def _of_part(plan: Plan, name: str, task: int) -> np.ndarray:
-    return _by_part(plan, np.load(plan.folder("duplicates", 0) / f"{name}.npy", mmap_mode="r"))[task]
+    """Values of a part's documents, from what was written of all."""
+    folder = plan.folder("duplicates", 0)
+    ends = np.cumsum(folders.read_record(folder)[1]["told"]["documents"])
+    return np.load(folder / f"{name}.npy", mmap_mode="r")[ends[task - 1] if task else 0 : ends[task]]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -439,20 +452,27 @@ def _shards(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     tokenizer = _load_tokenizer(plan.folder("tokenizer", 0))
     status, held = _of_part(plan, "status", task), _of_part(plan, "held_out", task)
     histogram = ledger.histogram("kept")
+    came: list[tuple[int, int]] = []  # source and bytes of each entry
+    sources: Counts = {}
 
     def entries() -> Iterator[tuple[Sourced, int, int]]:
         documents = folders.documents(plan.folder("sign", task))
         for document, code, side in zip(documents, status.tolist(), held.tolist(), strict=True):
             if code == duplicates.KEPT:
                 histogram.add(len(document.data), document.language)
+                came.append((document.source, len(document.data)))
                 yield Sourced(document.text, document.origin), int(side), len(document.data)
+
+    def wrote(place: int, tokens: int) -> None:
+        source, size = came[place]
+        _add(sources, source, 1, size, tokens)
 
     final = plan.out / name
     with folders.whole(final, lambda there: finish.is_shard_of(there, plan)) as shard:
         altered, key = plan.config.tokens.altered_documents, "tokens.altered_documents"
-        manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=altered, altered_key=key)
+        manifest = write_tokens(entries(), tokenizer, shard, bad="drop", altered=altered, altered_key=key, wrote=wrote)
         finish.sign(shard, plan)
-    return {"shard": name, "manifest": manifest}
+    return {"shard": name, "manifest": manifest, "sources": sources}
 
 
 @functools.lru_cache(maxsize=1)

@@ -175,6 +175,8 @@ class _Job:
     refuse_altered: bool
     altered_key: str  # the config key that says so
     dropped: collections.Counter[str]
+    wrote: Callable[[int, int], None] | None
+    entries: int = 0  # that have been looked at
     sides: list[int] = dataclasses.field(default_factory=list)  # of the documents that were written, in `SIDES`
     bytes: list[int] = dataclasses.field(default_factory=list)
     predicted_bytes: list[int] = dataclasses.field(default_factory=list)
@@ -230,6 +232,7 @@ def write_tokens(
     dropped: Mapping[str, int] = types.MappingProxyType({}),
     with_test: bool = False,
     advance: Callable[[int], None] = ignore,
+    wrote: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the ids of documents as a store, without the tokenizer's own files.
 
@@ -243,6 +246,7 @@ def write_tokens(
       dropped: what was left out before, by reason.
       with_test: whether the store tells which documents are on the side "test".
       advance: is told how many more characters are done.
+      wrote: is told, of each document that is written, its place among the entries and its tokens.
 
     Returns:
       What the manifest says of documents, tokens and bytes.
@@ -251,7 +255,7 @@ def write_tokens(
       UserError: names the origin of a text that the tokenizer cannot encode, or does not give back.
     """
     writer = Writer(directory, tokenizer.vocab_size)
-    job = _Job(writer, bad, altered == "refuse", altered_key, collections.Counter(dropped))
+    job = _Job(writer, bad, altered == "refuse", altered_key, collections.Counter(dropped), wrote)
     for batch in _batches(entries):
         _tokenise_batch(batch, _encode(batch, tokenizer, advance), tokenizer, job)
     manifest = _manifest(job)
@@ -280,6 +284,7 @@ def _tokenise_batch(batch: list[Entry], encoded: list[list[np.ndarray]], tokeniz
     for (document, side, size), parts in zip(batch, encoded, strict=True):
         inner = np.concatenate(parts)
         ids = np.concatenate([*edge, inner, *edge])
+        place, job.entries = job.entries, job.entries + 1
         job.tokens_in += len(ids)
         if edge and (inner == tokenizer.boundary).any():
             if job.bad == "refuse":
@@ -294,6 +299,8 @@ def _tokenise_batch(batch: list[Entry], encoded: list[list[np.ndarray]], tokeniz
             job.writer.write(ids)
             job.sides.append(side)
             job.bytes.append(size)
+            if job.wrote is not None:
+                job.wrote(place, len(ids))
             job.prompts.append(len(edge) + len(parts[0]) if document.prompt else 0)
             # Without a boundary nothing predicts the first token: its bytes do not count in bits per byte.
             first = 0 if edge or document.prompt else tokenizer.bytes_of(int(ids[0]))

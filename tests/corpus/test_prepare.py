@@ -190,6 +190,28 @@ def test_every_document_and_byte_is_accounted_for(prepared: folders.Plan) -> Non
     assert found.steps["tokenise"].bytes_out == sum(manifest["bytes"].values())
 
 
+def test_the_mixture_that_results_is_that_of_the_sources(tmp_path: Path) -> None:
+    """Two sources, of which the second repeats the first's first ten documents and has five of its own."""
+    texts = [prose(seed, 15) for seed in range(30)]
+    names = tuple(str(write_jsonl(tmp_path / f"{name}.jsonl", some)) for name, some in (
+        ("first", texts[:25]), ("second", [*texts[:10], *texts[25:]])
+    ))  # fmt: skip
+    rules = CleaningConfig(rules=("unicode",))
+    plan = prepare(tmp_path / "out", config(tmp_path, raw=RawConfig(sources=names), cleaning=rules))
+    first, second = json.loads((plan.out / "report.json").read_text())["sources"].values()
+    assert (first["files"], first["documents_in"], first["documents"]) == (1, 25, 25)
+    assert (second["files"], second["documents_in"], second["documents"]) == (1, 15, 5)
+    sizes = [len(text.encode()) for text in texts]
+    assert (first["bytes_in"], second["bytes_in"]) == (sum(sizes[:25]), sum(sizes[:10]) + sum(sizes[25:]))
+    assert (first["bytes"], second["bytes"]) == (sum(sizes[:25]), sum(sizes[25:]))
+    assert second["tokens"] == sum(sizes[25:]) + 2 * 5  # bytes, and a boundary on either side
+    tokens = json.loads((plan.out / "manifest.json").read_text())["tokens"]
+    assert first["tokens"] + second["tokens"] == tokens["out"]
+    page = (plan.out / "report.html").read_text()
+    assert "The mixture that results" in page and all(f">{name}<" in page for name in names)
+    assert f"| {names[1]} | {second['bytes_in']:,} | {second['tokens']:,} |" in (plan.out / "report.md").read_text()
+
+
 def test_a_ledger_that_does_not_add_up_is_seen(prepared: folders.Plan) -> None:
     found = ledger(prepared)
     found.steps["language"].bytes_out -= 1
@@ -241,6 +263,15 @@ def test_where_nothing_is_left_it_says_what_took_it(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "raw" / "a.jsonl", ["short", "also short"])
     with pytest.raises(UserError, match=r"no document is left\n.*2 fewer than 50 words \(gopher_quality\)"):
         prepare(tmp_path / "out", config(tmp_path / "raw"))
+
+
+def test_where_tokenising_leaves_nothing_there_is_no_corpus(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    c = config(tmp_path, raw=RawConfig(sources=str(source)), cleaning=CleaningConfig(rules=()))
+    c = PrepareConfig(**{**vars(c), "tokens": TokensConfig(tokenizer="bytes", boundary=False, held_out=0.0)})
+    with pytest.raises(UserError, match="no document is left: tokenising dropped 2 fewer than two tokens"):
+        prepare(tmp_path / "out", c)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

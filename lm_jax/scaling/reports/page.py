@@ -5,10 +5,8 @@ An analysis (a file each beside this one) says what was found; here it becomes f
 
 from __future__ import annotations
 
-import base64
 import csv
 import dataclasses
-import html
 import io
 import os
 import platform
@@ -17,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from lm_jax import paths
+from lm_jax.html_page import escape, figure, page, table
 from lm_jax.scaling.outcome import Outcome
 from lm_jax.scaling.sweep import Run
 from lm_jax.training.report import git_commit, versions
@@ -141,9 +140,9 @@ def write(
         paths.write_text_atomic(directory / name, text)
     paths.write_text_atomic(directory / "runs.csv", _csv(runs, outcomes))
     paths.write_text_atomic(directory / "summary.md", _summary(analysis, command, notes))
-    page = directory / "report.html"
-    paths.write_text_atomic(page, _page(analysis, runs, outcomes, command, commands, notes))
-    return page
+    report = directory / "report.html"
+    paths.write_text_atomic(report, _page(analysis, runs, outcomes, command, commands, notes))
+    return report
 
 
 def _pictures(analysis: Analysis) -> list[Picture]:
@@ -185,21 +184,6 @@ def _summary(analysis: Analysis, command: str, notes: Sequence[str]) -> str:
     return "\n".join([*lines, "", "All of it: [report.html](report.html)", ""])
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 62rem;
-       padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: .2rem 0 1rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-.summary { background: #f2f6fa; border-left: 4px solid #2b6cb0; padding: .8rem 1rem; font-size: 1.05rem; }
-img { max-width: 100%; height: auto; border: 1px solid #ddd; } figure { margin: 1rem 0; }
-figcaption { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
-tr.failed td { color: #b00020; } code, pre { font-size: .85rem; background: #f6f6f6; }
-pre { padding: .6rem; overflow-x: auto; } .notes { color: #7a4b00; } details { margin: .5rem 0; }
-"""
-
-
 def _page(
     analysis: Analysis,
     runs: Sequence[Run],
@@ -208,20 +192,15 @@ def _page(
     commands: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
-    e = html.escape
-    parts = [f"<h1>{e(analysis.title)}</h1>", f'<p class="summary">{e(" ".join(analysis.summary))}</p>']
+    e = escape
+    parts = [f'<p class="summary">{e(" ".join(analysis.summary))}</p>']
     if notes:
         parts.append('<ul class="notes">' + "".join(f"<li>{e(note)}</li>" for note in notes) + "</ul>")
     for section in analysis.sections:
         parts.append(f"<h2>{e(section.title)}</h2>")
         parts += [f"<p>{e(text)}</p>" for text in section.text]
-        for picture in section.pictures:
-            data = base64.b64encode(picture.png).decode()
-            parts.append(
-                f'<figure><img alt="{e(picture.caption)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{e(picture.caption)} ({e(picture.name)})</figcaption></figure>"
-            )
-        parts += [_table(table) for table in section.tables]
+        parts += [figure(picture.png, f"{picture.caption} ({picture.name})") for picture in section.pictures]
+        parts += [table(t.columns, t.rows) for t in section.tables]
     for name, text in analysis.files.items():
         parts.append(f"<h2>{e(name)}</h2><pre>{e(text)}</pre>")
     parts += ["<h2>Runs</h2>", _runs(runs, outcomes)]
@@ -229,24 +208,12 @@ def _page(
     parts += [f"<li>{e(name)}: <code>{e(text)}</code></li>" for name, text in _made_by(command)]
     parts.append("</ul><details><summary>The command of each run</summary>")
     parts += [f"<pre>{e(commands[run.name])}</pre>" for run in runs]
-    body = "\n".join([*parts, "</details>"])
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{e(analysis.title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _table(table: Table) -> str:
-    e = html.escape
-    head = "".join(f"<th>{e(c)}</th>" for c in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in table.rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    return page(analysis.title, [*parts, "</details>"])
 
 
 def _runs(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> str:
     """The table of runs, with links to their curves and reports."""
-    e = html.escape
+    e = escape
     rows = []
     for run in runs:
         o = outcomes.get(run.name)
