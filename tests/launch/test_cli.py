@@ -309,3 +309,10 @@ def test_words_in_front_and_a_command_behind_are_kept_apart(
     assert cli.status(main, values, argv, command=True) == 0
     assert seen == [words, command] and values["n"].value == 3
     assert cli.status(main, values, ["x", "--n=3", "late"], command=True) == cli.USER_MISTAKE
+
+
+@pytest.mark.parametrize(("raised", "said"), [("KeyboardInterrupt", "stopped\n"), ("OSError('x')", "Traceback")])
+def test_ctrl_c_while_a_program_is_loaded_is_no_error(raised: str, said: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", f"import launch; raise {raised}"], cwd=ROOT, capture_output=True)
+    told = ended.stderr.decode()
+    assert ended.returncode and (told == said if raised == "KeyboardInterrupt" else told.startswith(said))
