@@ -74,7 +74,9 @@ class Parabola:
     run_parameters: Array  # of its runs
     run_losses: Array
     run_names: tuple[str, ...]
-    residuals: Array  # measured / fitted - 1
+    residuals: Array  # measured / fitted - 1, of each run
+    sizes: Array  # different ones, from the smallest
+    size_losses: Array  # of each size: the mean over its runs, which differ in their seeds
     inside: bool  # whether the minimum lies between the smallest and the largest size
     verdict: str  # in words
 
@@ -83,6 +85,11 @@ class Parabola:
         x = np.log(np.asarray(parameters, np.float64)) - self.centre
         c0, c1, c2 = self.coefficients
         return c0 + x * (c1 + x * c2)
+
+    @property
+    def size_residuals(self) -> Array:
+        """Measured / fitted - 1 of each size's mean. Single runs' `residuals` have their seeds' scatter in them."""
+        return self.size_losses / self.curve(self.sizes) - 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,17 @@ class IsoFlop:
     tokens: PowerLaw
     loss: PowerLaw
     notes: tuple[str, ...]
+
+    @property
+    def scatter(self) -> float | None:
+        """The standard deviation of the losses of one size and budget over their mean, from all that have several
+        runs; None where none has."""
+        squares, freedom = 0.0, 0
+        for p in self.parabolas:
+            sizes = np.argmin(np.abs(np.log(p.run_parameters)[:, None] - np.log(p.sizes)), axis=1)
+            squares += float(np.sum((p.run_losses / p.size_losses[sizes] - 1) ** 2))
+            freedom += len(sizes) - len(p.sizes)
+        return float(np.sqrt(squares / freedom)) if freedom else None
 
 
 def group(flops: Array, budgets: ArrayLike | None = None) -> list[NDArray[np.intp]]:
@@ -168,7 +186,9 @@ def isoflop_parabola(N: Array, C: Array, D: Array, L: Array, names: tuple[str, .
     """The parabola through the runs of one budget."""
     centre = float(np.log(N).mean())
     x: Array = np.log(N) - centre
-    distinct = 1 + int(np.sum(np.diff(np.sort(x)) > 1e-6))
+    starts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(np.sort(x)) > 1e-6)])
+    in_order, runs = np.argsort(x, kind="stable"), np.diff([*starts, len(x)])
+    distinct = len(starts)
     c = np.array([L.mean(), 0.0, 0.0])
     lowest = loss = log_tokens = np.nan
     if distinct < 3:
@@ -195,6 +215,8 @@ def isoflop_parabola(N: Array, C: Array, D: Array, L: Array, names: tuple[str, .
         run_losses=L,
         run_names=names,
         residuals=L / (_powers(x) @ c) - 1,
+        sizes=N[in_order][starts],
+        size_losses=np.add.reduceat(L[in_order], starts) / runs,
         inside=bool(x.min() <= lowest <= x.max()),
         verdict=verdict,
     )

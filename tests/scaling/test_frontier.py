@@ -45,6 +45,22 @@ def test_parabolas_find_the_optimum_of_each_budget() -> None:
     assert found.loss.at(1e22).value == pytest.approx(np.exp(intercept + slope * np.log(1e22)))
 
 
+def test_seeds_of_a_size_count_as_their_mean() -> None:
+    N, C, L = runs(0.0)
+    assert isoflop(N, C, L).scatter is None
+    factors = np.array([0.99, 1.0, 1.013])
+    shuffled = np.random.default_rng(0).permutation(3 * len(N))
+    many = isoflop(*(np.concatenate(x)[shuffled] for x in ([N] * 3, [C] * 3, [L * f for f in factors])))
+    means = isoflop(N, C, L * factors.mean())
+    assert many.scatter == pytest.approx(np.std(factors, ddof=1) / factors.mean())
+    for p, q in zip(many.parabolas, means.parabolas, strict=True):
+        assert p.coefficients == pytest.approx(q.coefficients, rel=1e-9)
+        np.testing.assert_allclose(p.sizes, np.sort(q.run_parameters))
+        np.testing.assert_allclose(p.size_losses, q.run_losses[np.argsort(q.run_parameters)], rtol=1e-12)
+        np.testing.assert_allclose(p.size_residuals, q.size_residuals, atol=1e-9)
+        assert np.abs(p.residuals).max() > 0.009 > 10 * np.abs(p.size_residuals).max()
+
+
 def test_exponents_are_within_their_intervals() -> None:
     inside, widths, values = 0, [], []
     for seed in range(100):

@@ -119,7 +119,7 @@ def _profiles(found: IsoFlop) -> list[Section]:
             f"{p.parameters:,.0f}" if p.inside else "",
             f"{p.tokens:,.0f}" if p.inside else "",
             f"{p.loss:.4f}" if p.inside else "",
-            f"{100 * np.abs(p.residuals).max():.2f}%",
+            f"{100 * np.abs(p.size_residuals).max():.2f}%",
             p.verdict,
         )
         for p in found.parabolas
@@ -130,9 +130,11 @@ def _profiles(found: IsoFlop) -> list[Section]:
         ("parameters", np.array([p.parameters for p in inside]), found.parameters),
         ("tokens", np.array([p.tokens for p in inside]), found.tokens),
     ]
+    scatter = found.scatter
     text = [
         "Approach 2: at each budget the loss of several sizes, and a parabola in the logarithm of the size (dotted "
-        "where its minimum is outside of what was tried). Stars are the minima.",
+        "where its minimum is outside of what was tried). Stars are the minima."
+        + ("" if scatter is None else f" Seeds of one size scatter by {100 * scatter:.2f}%; points are their means."),
         *found.notes,
     ]
     caption = "Loss against size at each budget"

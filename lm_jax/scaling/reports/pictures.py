@@ -32,14 +32,16 @@ def _colors(n: int) -> Any:
 
 
 def profiles(found: IsoFlop) -> bytes:
-    """IsoFLOP curves: the runs of each budget, the parabola through them, its minimum."""
+    """IsoFLOP curves: the mean of each size's runs (which stand behind it, small), the parabola, its minimum."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis: Any = figure.subplots()
     for parabola, color in zip(found.parabolas, _colors(len(found.parabolas)), strict=True):
         N = np.geomspace(0.85 * parabola.run_parameters.min(), 1.18 * parabola.run_parameters.max(), 200)
         axis.plot(N, parabola.curve(N), "-" if parabola.inside else ":", color=color, lw=1.5)
         label = f"{parabola.budget:.2g} FLOPs"
-        axis.plot(parabola.run_parameters, parabola.run_losses, "o", color=color, label=label)
+        if len(parabola.sizes) < len(parabola.run_losses):
+            axis.plot(parabola.run_parameters, parabola.run_losses, "o", color=color, ms=3, alpha=0.5)
+        axis.plot(parabola.sizes, parabola.size_losses, "o", color=color, label=label)
         if parabola.inside:
             axis.plot(parabola.parameters, parabola.loss, "*", ms=16, color=color, mec="black")
     axis.set(xscale="log", xlabel=_PARAMETERS, ylabel=_LOSS)
