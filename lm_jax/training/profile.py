@@ -53,6 +53,7 @@ class StepTrace:
         self._root, self._tell = directory / FOLDER, tell
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._done: list[int] = []
+        self._began = False
 
     def __enter__(self) -> StepTrace:
         return self
@@ -62,6 +63,11 @@ class StepTrace:
 
     def run(self, number: int, step: Callable[..., Any], *args: Any) -> Any:
         """`step(*args)`, which is the step of that number."""
+        if not self._began:
+            self._began = True
+            if self._steps and number > self._steps[0]:  # resumed behind the first of them
+                asked = f"--profile_steps={self._steps[0]}:{self._steps[-1]}"
+                self._tell(f"{asked}: the run goes on at step {number}, so {self._left(number)}")
         if number not in self._steps:
             return step(*args)
         if self._folder is None:
@@ -75,6 +81,10 @@ class StepTrace:
         if number == self._steps[-1]:
             self.close()
         return out
+
+    def _left(self, number: int) -> str:
+        last = self._steps[-1]
+        return "nothing is traced" if number > last else f"steps {number} to {last} are traced"
 
     def close(self) -> None:
         """Ends a trace that is under way, and puts it into the run's folder."""

@@ -56,7 +56,9 @@ def steps_in(file: Path) -> set[int]:
     ],
 )
 def test_a_trace_holds_its_steps(tmp_path: Path, steps: range, run: range, held: tuple[int, ...]) -> None:
-    (file,), (line,) = traced(tmp_path, steps, run)
+    (file,), (*before, line) = traced(tmp_path, steps, run)
+    went_on = run[0] > steps[0]
+    assert before == ["--profile_steps=3:5: the run goes on at step 5, so steps 5 to 5 are traced"] * went_on
     assert file == tmp_path / f"profile/plugins/profile/steps_{held[0]}_{held[-1]}/process_0.xplane.pb"
     assert steps_in(file) == set(held)
     assert str(file.parent) in line and "xprof --logdir" in line
@@ -64,7 +66,8 @@ def test_a_trace_holds_its_steps(tmp_path: Path, steps: range, run: range, held:
 
 def test_no_trace_where_none_is_asked_for(tmp_path: Path) -> None:
     assert traced(tmp_path, None, range(1, 9)) == ([], [])
-    assert traced(tmp_path, range(3, 6), range(6, 9)) == ([], [])
+    told = "--profile_steps=3:5: the run goes on at step 6, so nothing is traced"
+    assert traced(tmp_path, range(3, 6), range(6, 9)) == ([], [told])
     assert list(tmp_path.iterdir()) == []
 
 
