@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
         ("context", ["wires"]),
         ("cross_entropy", []),
         ("generation", []),
+        ("optimizers", ["muon"]),
+        pytest.param("optimizers", ["adamw", "adafactor"], marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(check: str, arguments: list[str]) -> None:
