@@ -65,7 +65,6 @@ def test_xla_on_every_mask(mask: str) -> None:
     check("xla", Shape(), MASKS[mask])
 
 
-@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o != "plain"])
 def test_xla_with_every_option(options: str) -> None:
     check("xla", Shape(), MASKS["segments"], OPTIONS[options])
@@ -82,8 +81,9 @@ def test_xla_in_every_dtype(dtype: Any) -> None:
     check("xla", Shape(), MASKS["segments"], OPTIONS["sinks"], dtype, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("mask", ["causal", "all parts", "window"])
-@pytest.mark.parametrize("options", ["plain", "table"])
+@pytest.mark.parametrize(
+    ("mask", "options"), [("causal", "plain"), ("window", "all"), ("all parts", "table"), ("segments", "slopes")]
+)
 def test_xla_on_long_rows(mask: str, options: str) -> None:
     """Where it loops over blocks and computes the probabilities again in the backward pass."""
     check("xla", Shape(B=1, T=2100, S=2100, N=2, K=1, H=8), MASKS[mask], OPTIONS[options])
