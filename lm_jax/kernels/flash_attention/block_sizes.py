@@ -136,8 +136,8 @@ class GpuRow(NamedTuple):
 GPU_TABLE = (
     GpuRow("NVIDIA H200", 64, False, GpuBlocks(128, 2, 64, 2, 64, 2), "not measured: it compiles without spills"),
     GpuRow("NVIDIA H200", 64, True, GpuBlocks(128, 2, 64, 2, 64, 2), "not measured: it compiles without spills"),
-    GpuRow("NVIDIA H200", 128, False, GpuBlocks(128, 2, 64, 2, 64, 2), "not measured: it compiles without spills"),
-    GpuRow("NVIDIA H200", 128, True, GpuBlocks(64, 3, 64, 2, 64, 2), "not measured: it compiles without spills"),
+    GpuRow("NVIDIA H200", 128, False, GpuBlocks(128, 2, 64, 2, 32, 4), "not measured: it compiles without spills"),
+    GpuRow("NVIDIA H200", 128, True, GpuBlocks(64, 3, 64, 2, 32, 4), "not measured: it compiles without spills"),
 )
 
 

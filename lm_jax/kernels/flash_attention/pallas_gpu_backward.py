@@ -74,8 +74,7 @@ class _KeyScratch(NamedTuple):
     lse2: Any  # [stages, q]
     delta: Any
     keys_came: Any
-    q_came: Any
-    d_out_came: Any
+    came: Any
     free: Any
 
 
@@ -156,8 +155,9 @@ def _run(
 
 def _scratch(plan: _Plan, **sums: tuple[int, int]) -> tuple[Any, ...]:
     """What both have: their own rows, a ring of tiles; then barriers."""
-    own = machines.tiled(WARPGROUPS, ROWS, plan.H, dtype=plan.dtype)
-    ring = machines.tiled(plan.stages, plan.tile, plan.H, dtype=plan.dtype)
+    width = 128 if plan.tile % 64 == 0 else 64  # a product sums over a tile, whose rows are 2 bytes a number
+    own = machines.tiled(WARPGROUPS, ROWS, plan.H, dtype=plan.dtype, width=width)
+    ring = machines.tiled(plan.stages, plan.tile, plan.H, dtype=plan.dtype, width=width)
     return own, ring, ([machines.sums_for_interpreter(**sums)] if plan.interpreted else [])
 
 
@@ -165,11 +165,11 @@ def _key_scratch(plan: _Plan) -> tuple[Any, ...]:
     tile, grads = (ROWS, plan.tile), (ROWS, plan.H)
     own, ring, sums = _scratch(plan, scores=tile, d_p=tile, d_k=grads, d_v=grads)
     numbers = plgpu.SMEM((plan.stages, plan.tile), jnp.float32)
-    # A tile and its numbers come on one barrier.
-    came = plgpu.Barrier(num_barriers=plan.stages, num_arrivals=2)
+    # All of a tile comes on one barrier: each array of barriers takes a register.
+    came = plgpu.Barrier(num_barriers=plan.stages, num_arrivals=4)
     free = plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WARPGROUPS)
     own_came = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2)
-    return (*_KeyScratch(own, own, ring, ring, numbers, numbers, own_came, came, came, free), *sums)
+    return (*_KeyScratch(own, own, ring, ring, numbers, numbers, own_came, came, free), *sums)
 
 
 def _query_scratch(plan: _Plan) -> tuple[Any, ...]:
@@ -231,7 +231,7 @@ def _copy_queries(plan: _Plan, o: _Operands, here: _KeyScratch) -> None:
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     at, _, count = _listed(plan, o)
 
-    def one(g: Any, t: Any, _: None) -> None:
+    def one(g: Any, t: Any, nothing: None) -> None:
         u = g * count + t
         slot, n = _slot(plan, u), head * plan.group + g
         rows = pl.ds(o.tiles[*at, t] * plan.tile, plan.tile)
@@ -240,12 +240,12 @@ def _copy_queries(plan: _Plan, o: _Operands, here: _KeyScratch) -> None:
         def _() -> None:
             plgpu.barrier_wait(here.free.at[slot])
 
-        plgpu.copy_gmem_to_smem(o.q.at[row, rows, n], here.q.at[slot], here.q_came.at[slot])
-        plgpu.copy_gmem_to_smem(o.lse2.at[row, n, rows], here.lse2.at[slot], here.q_came.at[slot])
-        plgpu.copy_gmem_to_smem(o.d_out.at[row, rows, n], here.d_out.at[slot], here.d_out_came.at[slot])
-        plgpu.copy_gmem_to_smem(o.delta.at[row, n, rows], here.delta.at[slot], here.d_out_came.at[slot])
+        plgpu.copy_gmem_to_smem(o.q.at[row, rows, n], here.q.at[slot], here.came.at[slot])
+        plgpu.copy_gmem_to_smem(o.lse2.at[row, n, rows], here.lse2.at[slot], here.came.at[slot])
+        plgpu.copy_gmem_to_smem(o.d_out.at[row, rows, n], here.d_out.at[slot], here.came.at[slot])
+        plgpu.copy_gmem_to_smem(o.delta.at[row, n, rows], here.delta.at[slot], here.came.at[slot])
 
-    def head_of_group(g: Any, _: None) -> None:
+    def head_of_group(g: Any, nothing: None) -> None:
         jax.lax.fori_loop(jnp.int32(0), count, functools.partial(one, g), None)
 
     jax.lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), head_of_group, None)
@@ -271,7 +271,7 @@ def _compute_keys(
         slot = _slot(plan, g * count + t)
         _keys_step(plan, here, machine, sums, (k, v), slot, (lambda: see(t)) if masked else lambda: None)
 
-    def head_of_group(g: Any, _: None) -> None:
+    def head_of_group(g: Any, nothing: None) -> None:
         jax.lax.fori_loop(jnp.int32(0), partly, functools.partial(step, g, True), None)
         jax.lax.fori_loop(partly, count, functools.partial(step, g, False), None)
 
@@ -292,20 +292,24 @@ def _keys_step(
     q, d_out = here.q.at[slot], here.d_out.at[slot]
     columns = plgpu.Layout.WGMMA.reduce(0)
 
-    def products(scores: Any, d_p: Any) -> None:
+    def scored(scores: Any) -> Array:
         machine.add_product(scores, k, q.T)
-        machine.add_product(d_p, v, d_out.T)
         lse2 = machines.load(here.lse2.at[slot], columns)
-        p = tiles.probabilities(machine.load(scores, still_running=1), see(), plan.factor, lse2, 1)
-        machine.add_product(d_v, p.astype(plan.dtype), d_out)
-        delta = machines.load(here.delta.at[slot], columns)
-        d_s = tiles.score_gradient(p, machine.load(d_p, still_running=1), delta, 1)
-        machine.add_product(d_k, d_s.astype(plan.dtype), q)
-        machine.finish()
+        return tiles.probabilities(machine.load(scores, still_running=0), see(), plan.factor, lse2, 1)
 
-    plgpu.barrier_wait(here.q_came.at[slot])
-    plgpu.barrier_wait(here.d_out_came.at[slot])
-    machine.scoped(products, scores=(ROWS, plan.tile), d_p=(ROWS, plan.tile))
+    def differentiated(d_p: Any) -> Array:
+        machine.add_product(d_p, v, d_out.T)
+        found = machine.load(d_p, still_running=0)
+        delta = machines.load(here.delta.at[slot], columns)
+        return tiles.score_gradient(p, found, delta, 1).astype(plan.dtype)
+
+    # One after the other, as all at once would not fit into registers; the other warpgroup's products run beside.
+    plgpu.barrier_wait(here.came.at[slot])
+    p = machine.scoped(scored, scores=(ROWS, plan.tile))
+    machine.add_product(d_v, p.astype(plan.dtype), d_out)
+    machine.finish()
+    machine.add_product(d_k, machine.scoped(differentiated, d_p=(ROWS, plan.tile)), q)
+    machine.finish()
     plgpu.barrier_arrive(here.free.at[slot])
 
 
@@ -319,9 +323,7 @@ def _queries_kernel(*refs: Any, plan: _Plan) -> None:
 
     def compute(warpgroup: Any) -> None:
         machine = Machine(sums[0] if sums else None, warpgroup)
-        machine.scoped(
-            lambda d_q: _compute_queries(plan, o, result, here, machine, d_q, warpgroup), d_q=(ROWS, plan.H)
-        )
+        machine.scoped(lambda d_q: _compute_queries(plan, o, result, here, machine, d_q, warpgroup), d_q=(ROWS, plan.H))
 
     _roles(compute, lambda: _copy_keys(plan, o, here))
 
@@ -330,7 +332,7 @@ def _copy_keys(plan: _Plan, o: _Operands, here: _QueryScratch) -> None:
     row, head = jax.lax.axis_index("row"), jax.lax.div(jax.lax.axis_index("head"), jnp.int32(plan.group))
     at, _, count = _listed(plan, o)
 
-    def one(t: Any, _: None) -> None:
+    def one(t: Any, nothing: None) -> None:
         slot = _slot(plan, t)
         rows = pl.ds(o.tiles[*at, t] * plan.tile, plan.tile)
 

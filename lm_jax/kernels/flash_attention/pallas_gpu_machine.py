@@ -20,14 +20,21 @@ from lm_jax.kernels.flash_attention.pallas_gpu_tiles import KV_LENGTH, PREFIX_LE
 
 Array = jax.Array
 # Of the 512 that a thread of each of the three warpgroups could have on average.
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 THREADS = WARPGROUPS + 1
-_LOAD_TAKES_AN_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # it must until jax 0.10, and may not from 0.12
+_LOAD_TAKES_AN_INDEX = (
+    "idx" in inspect.signature(plgpu.load).parameters
+)  # it must until jax 0.10, and may not from 0.12
 
 
-def tiled(*shape: int, dtype: Any) -> Any:
-    """Shared memory as copies write it and the matrix unit reads it, 128 bytes wide."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+def tiled(*shape: int, dtype: Any, width: int = 128) -> Any:
+    """Shared memory as copies write it and the matrix unit reads it.
+
+    Args:
+      width: the bytes of a line of it, 128 or 64; the matrix unit sums over multiples of so many bytes. The arrays of
+        one product must have the same.
+    """
+    transforms = (plgpu.TilingTransform((8, width // 2)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -70,7 +77,6 @@ class Machine:
         """Waits for all products."""
         if self.sums is None:
             plgpu.wgmma_wait(0)
-
 
 
 def sums_for_interpreter(**shapes: tuple[int, int]) -> dict[str, Any]:

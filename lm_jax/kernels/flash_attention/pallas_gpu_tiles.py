@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lm_jax.kernels.flash_attention.implementation import Call
-from lm_jax.kernels.flash_attention.mask import AttentionMask
 from lm_jax.kernels.flash_attention.schedule import live_tiles, tile_kinds
 
 Array = jax.Array
@@ -126,22 +124,17 @@ def work_of(call: Call, T: int, S: int, q_block: int, kv_block: int, *, for_keys
     length = min(length, keys) if isinstance(length, int) else jnp.minimum(length, keys)
     prefix = 0 if mask.prefix_length is None else mask.prefix_length
     rows = [jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B,)) for x in (mask.q_offset, prefix, length)]
-    filled = dataclasses.replace(mask, **({} if isinstance(length, int) and length == S else {"kv_length": length}))
+    everywhere = isinstance(length, int) and length == S
+    filled = mask if everywhere else dataclasses.replace(mask, kv_length=length)
     if mask.q_segment_ids is not None:
         filled = dataclasses.replace(filled, q_segment_ids=q_ids, kv_segment_ids=k_ids)
-    kinds = _kinds(filled, T, S, q_block, kv_block)
+    kinds = tile_kinds(filled, T, S, q_block, kv_block)
     counts, tiles = live_tiles(kinds.swapaxes(1, 2) if for_keys else kinds)
     return Work(jnp.asarray(counts), jnp.asarray(tiles), jnp.stack(rows, 1), q_ids, k_ids)
 
 
 def _ids(ids_BT: Array, length: int, padding: int) -> Array:
     return padded(jnp.where(ids_BT < 0, padding, ids_BT.astype(jnp.int32)), length, padding)
-
-
-def _kinds(mask: AttentionMask, T: int, S: int, q_block: int, kv_block: int) -> Any:
-    """As `tile_kinds`, in numpy where the mask is static also while a program is traced."""
-    kinds = tile_kinds(mask, T, S, q_block, kv_block)
-    return kinds if isinstance(kinds, np.ndarray) else jnp.asarray(kinds)
 
 
 # --- the arithmetic of a tile ----------------------------------------------------------------------------------------
