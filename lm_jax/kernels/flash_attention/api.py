@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lm_jax.kernels.flash_attention import cudnn, pallas_tpu, reference, ring, xla
+from lm_jax.kernels.flash_attention import cudnn, pallas_gpu, pallas_tpu, reference, ring, xla
 from lm_jax.kernels.flash_attention.bias import DistanceTable, PositionBias, Slopes
 from lm_jax.kernels.flash_attention.implementation import Call, Implementation, Operands, Statics, split
 from lm_jax.kernels.flash_attention.mask import AttentionMask
@@ -34,9 +34,10 @@ from lm_jax.sharding import (
 Array = jax.Array
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    i.name: i for i in (reference.IMPLEMENTATION, xla.IMPLEMENTATION, pallas_tpu.IMPLEMENTATION, cudnn.IMPLEMENTATION)
+    module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (reference, xla, pallas_tpu, pallas_gpu, cudnn)
 }
-# Which are tried by default on a platform, the first that can serve a call taking it.
+# Which are tried by default on a platform, the first that can serve a call taking it. `pallas_gpu` is in no order: it
+# has not run on a chip yet, neither its values nor its speed are known, and so it computes only what names it.
 DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}
 _ELSEWHERE = ("xla",)
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)

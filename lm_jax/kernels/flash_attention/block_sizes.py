@@ -1,6 +1,6 @@
-"""How the TPU kernels cut their work: a table by chip, head dim and dtype, each row with what chose it.
+"""How the kernels cut their work: a table by chip, head dim and dtype, each row with what chose it.
 
-`python -m benchmarks.attention --tune` makes rows.
+`python -m benchmarks.attention --tune` makes rows for TPUs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from lm_jax.kernels.flash_attention.implementation import Call
+from lm_jax.kernels.flash_attention.pallas_gpu_tiles import GpuBlocks
 from lm_jax.kernels.flash_attention.pallas_tpu_backward import BackwardBlocks
 from lm_jax.kernels.flash_attention.pallas_tpu_forward import ForwardBlocks
 from lm_jax.sharding import device_kind
@@ -110,3 +111,38 @@ def row(chip: str, head_dim: int, dtype: str) -> Row:
             best.dtype,
         )
     return best
+
+
+class GpuRow(NamedTuple):
+    """One line of the table of GPUs.
+
+    Attributes:
+      chip: as JAX names it (`device_kind`).
+      head_dim: of the row.
+      segments: whether it is for masks with segment ids, which cost registers.
+      blocks: the cut.
+      measured: what chose it.
+    """
+
+    chip: str
+    head_dim: int
+    segments: bool
+    blocks: GpuBlocks
+    measured: str
+
+
+# None was timed yet: these are the largest tiles of a few tried that the assembler compiles without spilling registers
+# and that leave two stages in shared memory (`tests/aot/test_gpu_attention.py` holds them to it).
+GPU_TABLE = (
+    GpuRow("NVIDIA H200", 64, False, GpuBlocks(128, 2, 64, 2, 64, 2), "not measured: it compiles without spills"),
+    GpuRow("NVIDIA H200", 64, True, GpuBlocks(128, 2, 64, 2, 64, 2), "not measured: it compiles without spills"),
+    GpuRow("NVIDIA H200", 128, False, GpuBlocks(128, 2, 64, 2, 32, 4), "not measured: it compiles without spills"),
+    GpuRow("NVIDIA H200", 128, True, GpuBlocks(64, 3, 64, 2, 32, 4), "not measured: it compiles without spills"),
+)
+
+
+def gpu_blocks(call: Call) -> GpuBlocks:
+    """The cut of the Hopper kernels for a call; all Hopper chips share the H200's rows, as they share its
+    multiprocessor."""
+    wanted = call.q_BTNH.shape[3], call.mask.q_segment_ids is not None
+    return next(r.blocks for r in GPU_TABLE if (r.head_dim, r.segments) == wanted)

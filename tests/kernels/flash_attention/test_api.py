@@ -79,7 +79,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "true": ({"mask": AttentionMask(kv_length=True)}, "mask.kv_length is True: use an integer"),
     "float window": ({"mask": AttentionMask(window=10.5)}, "mask.window is 10.5: use an integer"),  # type: ignore[arg-type]
     "float prefix": ({"mask": AttentionMask(prefix_length=jnp.ones(B))}, "mask.prefix_length is float32"),
-    "name": ({"implementation": "flash"}, "implementation is 'flash': use one of reference, xla, pallas_tpu, cudnn"),
+    "name": (
+        {"implementation": "flash"},
+        "implementation is 'flash': use one of reference, xla, pallas_tpu, pallas_gpu, cudnn",
+    ),
     "a GPU's": ({"implementation": "cudnn"}, "implementation 'cudnn' cannot serve this call: it needs an NVIDIA GPU"),
     "a table on a TPU": (
         {"implementation": "pallas_tpu", "position_bias": DistanceTable(jnp.ones((4, 5)))},
