@@ -37,7 +37,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (reference, xla, pallas_tpu, pallas_gpu, cudnn)
 }
 # Which are tried by default on a platform, the first that can serve a call taking it. `pallas_gpu` is in no order: it
-# has not run on a chip yet, neither its values nor its speed are known, and so it computes only what names it.
+# has not run on a chip yet, and so it computes only what names it.
 DEFAULTS = {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}
 _ELSEWHERE = ("xla",)
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)

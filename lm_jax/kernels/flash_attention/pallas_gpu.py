@@ -4,6 +4,8 @@ They compile for the chip, and their steps were run by Pallas' interpreter; no c
 default order (`api.DEFAULTS`) and compute only what names them. docs/attention.md has the commands that check and
 measure them on a GPU. FlashAttention-3: Shah et al. 2024, arXiv:2407.08608.
 
+The kernels are loaded by the first call that names them: Mosaic GPU takes a while to load, and everyone would wait.
+
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, H head dim.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm_jax.kernels.flash_attention import block_sizes, pallas_gpu_backward, pallas_gpu_forward
+from lm_jax.kernels.flash_attention import block_sizes
 from lm_jax.kernels.flash_attention.implementation import Call, Gradients, Implementation, with_gradient
 from lm_jax.sharding import device_kind, platform
 
@@ -47,9 +49,9 @@ def cannot(call: Call) -> str | None:
     if call.scale <= 0:
         return f"it needs a scale above 0, and this is {call.scale}"
     parts = {
-        "a pattern": call.mask.pattern is not None,
-        "a soft cap": call.soft_cap is not None,
-        "a position bias": call.position_bias is not None,
+        "pattern": call.mask.pattern is not None,
+        "soft cap": call.soft_cap is not None,
+        "position bias": call.position_bias is not None,
     }
     wanted = [name for name, asked in parts.items() if asked]
     return f"it has no {', no '.join(wanted)}" if wanted else None
@@ -66,6 +68,8 @@ def _assembler() -> tuple[int, ...] | None:
 
 def forward(call: Call, interpret: Any = None) -> tuple[Array, Array, None]:
     """`out`, `lse` and nothing saved; `interpret` as in `pallas_gpu_forward.forward`."""
+    from lm_jax.kernels.flash_attention import pallas_gpu_forward
+
     out, lse = pallas_gpu_forward.forward(call, block_sizes.gpu_blocks(call), interpret=interpret)
     if call.sinks_N is None:
         return out, lse, None
@@ -80,6 +84,8 @@ def backward(
 ) -> Gradients:
     """The gradients by two kernels, the same bit for bit in every run; arguments as `implementation.with_gradient`
     gives them."""
+    from lm_jax.kernels.flash_attention import pallas_gpu_backward
+
     del saved
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse.astype(jnp.float32)
     blocks = block_sizes.gpu_blocks(call)

@@ -59,12 +59,12 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "float32": (a_call(dtype=jnp.float32), "it needs bfloat16 or float16, and the queries are float32"),
     "head dim": (a_call(H=96), "it has head dims 64 and 128, and this is 96"),
     "scale": (a_call(scale=0.0), "it needs a scale above 0, and this is 0.0"),
-    "pattern": (a_call(AttentionMask(pattern=LocalGlobal())), "it has no a pattern"),
+    "pattern": (a_call(AttentionMask(pattern=LocalGlobal())), "it has no pattern"),
     "cap and bias": (
         a_call(soft_cap=2.0, position_bias=Slopes(jnp.ones(4))),
-        "it has no a soft cap, no a position bias",
+        "it has no soft cap, no position bias",
     ),
-    "table": (a_call(position_bias=DistanceTable(jnp.ones((4, 5)))), "it has no a position bias"),
+    "table": (a_call(position_bias=DistanceTable(jnp.ones((4, 5)))), "it has no position bias"),
 }
 
 
