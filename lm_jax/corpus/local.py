@@ -59,7 +59,8 @@ def _uninterrupted() -> Iterator[None]:
     came: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
     # Here it may still reach another thread, and Python would raise it in this one, with a process half started.
-    main = threading.current_thread() is threading.main_thread()
+    heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # under nohup and its like it is ignored
+    main = heeded and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if main else None
     try:
         yield
