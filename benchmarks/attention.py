@@ -127,11 +127,13 @@ def measure(args: argparse.Namespace, length: int, backward: bool) -> dict[str, 
     q, k, v, g = (jnp.asarray(random.standard_normal(s), args.dtype) for s in shapes)
     mask = mask_of(args.mask, args.batch, length)
     attends = contestants(args, (q, k, v), mask)
+    if not attends:
+        raise SystemExit("none of --implementations can serve this call: nothing was timed")
     programs = {name: Program(f, (q, k, v), g if backward else None) for name, f in attends.items()}
     compare(programs, PARITY[args.dtype])
     times: dict[str, list[float]] = {name: [] for name in programs}
     start = time.perf_counter()
-    while len(times[args.implementations[0]]) < 5 or time.perf_counter() - start < args.seconds:
+    while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < args.seconds:
         for name, program in programs.items():
             times[name].append(program.seconds())
     base = times["plain"] if "plain" in times else next(iter(times.values()))

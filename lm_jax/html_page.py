@@ -19,7 +19,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-td:first-child, th:first-child, td.left, th.left { text-align: left; } th { border-bottom: 2px solid #999; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
 tr.failed td { color: #b00020; } .notes { color: #7a4b00; } .origin { color: #666; font-size: .8rem; }
 code, pre { font-size: .82rem; background: #f6f6f6; } pre { padding: .5rem .7rem; margin: .3rem 0; overflow-x: auto; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; border-left: 3px solid #cbd5e0; }
@@ -34,12 +34,11 @@ def escape(text: str) -> str:
     return html.escape(shown)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table of text whose first `left` columns are words."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text whose first column is words."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        marks = (f'<{tag} class="left">' if i < left else f"<{tag}>" for i in range(len(cells)))
-        return "<tr>" + "".join(f"{m}{escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     return f'<div class="wide"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 

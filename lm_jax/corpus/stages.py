@@ -356,8 +356,8 @@ def _duplicates(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
         near=c.near,
         threshold=c.threshold,
     )
-    sizes = np.concatenate(list(folders.arrays(plan, "sign", "sizes")))
-    _count(found.status, sizes, ledger, c.exact, c.near)
+    sizes = list(folders.arrays(plan, "sign", "sizes"))
+    _count(found.status, np.concatenate(sizes), ledger, c.exact, c.near)
     kept = found.status == duplicates.KEPT
     if not kept.any():
         ledgers = [folders.read_record(plan.folder("clean", t))[0] for t in range(len(plan.parts))]
@@ -372,8 +372,8 @@ def _duplicates(plan: Plan, task: int, folder: Path, ledger: Ledger) -> Told:
     np.save(folder / "status", found.status)
     np.save(folder / "held_out", held)
     np.save(folder / "first", found.first)
-    counts = [int((part == duplicates.KEPT).sum()) for part in _by_part(plan, found.status)]
-    lengths = [len(a) for a in folders.arrays(plan, "sign", "sizes")]
+    lengths = [len(a) for a in sizes]
+    counts = [int(part.sum()) for part in np.split(kept, np.cumsum(lengths)[:-1])]
     return {"kept": counts, "documents": lengths, "compared": found.compared, "alike": found.alike}
 
 
@@ -394,17 +394,16 @@ def _count(status: np.ndarray, sizes: np.ndarray, ledger: Ledger, exact: bool, n
         step.documents_out, step.bytes_out = int(left.sum()), int(sizes[left].sum())
 
 
-def _by_part(plan: Plan, values: np.ndarray) -> list[np.ndarray]:
-    """Values of all documents, a part's at a time."""
-    lengths = [len(a) for a in folders.arrays(plan, "sign", "sizes")]
-    return np.split(values, np.cumsum(lengths)[:-1])
+def _ends(plan: Plan) -> np.ndarray:
+    """How many documents there are up to the end of each part."""
+    return np.cumsum(folders.read_record(plan.folder("duplicates", 0))[1]["told"]["documents"])
 
 
 def _of_part(plan: Plan, name: str, task: int) -> np.ndarray:
     """Values of a part's documents, from what was written of all."""
-    folder = plan.folder("duplicates", 0)
-    ends = np.cumsum(folders.read_record(folder)[1]["told"]["documents"])
-    return np.load(folder / f"{name}.npy", mmap_mode="r")[ends[task - 1] if task else 0 : ends[task]]
+    ends = _ends(plan)
+    every = np.load(plan.folder("duplicates", 0) / f"{name}.npy", mmap_mode="r")
+    return every[ends[task - 1] if task else 0 : ends[task]]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -434,7 +433,7 @@ def _sample(plan: Plan) -> list[str]:
     chosen = np.zeros(len(hashes), bool)
     chosen[order[before < SAMPLE]] = True
     texts = []
-    for task, mask in enumerate(_by_part(plan, chosen)):
+    for task, mask in enumerate(np.split(chosen, _ends(plan)[:-1])):
         if mask.any():
             documents = folders.documents(plan.folder("sign", task))
             texts += [d.text[:SAMPLE] for d, wanted in zip(documents, mask.tolist(), strict=True) if wanted]

@@ -182,21 +182,6 @@ def _query_scratch(plan: _Plan) -> tuple[Any, ...]:
     return (*_QueryScratch(own, own, numbers, numbers, ring, ring, own_came, came, came, free), *sums)
 
 
-def _roles(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
-    """Two warpgroups compute, with most of the registers, and one copies."""
-    warpgroup = jax.lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(machines.COMPUTE_REGISTERS, action="increase")
-        compute(warpgroup)
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(machines.COPY_REGISTERS, action="decrease")
-        copy()
-
-
 def _listed(plan: _Plan, o: _Operands) -> tuple[tuple[Any, Any], Any, Any]:
     """Where this block's list stands, how many of it are partly open, and how many there are."""
     at = (jax.lax.axis_index("row") if plan.own else 0), jax.lax.axis_index("block")
@@ -223,7 +208,7 @@ def _keys_kernel(*refs: Any, plan: _Plan) -> None:
             lambda d_k, d_v: _compute_keys(plan, o, results, here, machine, (d_k, d_v), warpgroup), d_k=grads, d_v=grads
         )
 
-    _roles(compute, lambda: _copy_queries(plan, o, here))
+    machines.roles(compute, lambda: _copy_queries(plan, o, here))
 
 
 def _copy_queries(plan: _Plan, o: _Operands, here: _KeyScratch) -> None:
@@ -325,7 +310,7 @@ def _queries_kernel(*refs: Any, plan: _Plan) -> None:
         machine = Machine(sums[0] if sums else None, warpgroup)
         machine.scoped(lambda d_q: _compute_queries(plan, o, result, here, machine, d_q, warpgroup), d_q=(ROWS, plan.H))
 
-    _roles(compute, lambda: _copy_keys(plan, o, here))
+    machines.roles(compute, lambda: _copy_keys(plan, o, here))
 
 
 def _copy_keys(plan: _Plan, o: _Operands, here: _QueryScratch) -> None:

@@ -138,7 +138,6 @@ def _scratch(plan: _Plan) -> tuple[Any, ...]:
 
 def _kernel(*refs: Any, plan: _Plan) -> None:
     r, sums = _Refs._make(refs[: len(_Refs._fields)]), refs[len(_Refs._fields) :]
-    warpgroup = jax.lax.axis_index("warpgroup")
     # The blocks that see most of a causal mask come first, so that short ones fill up the end.
     block = plan.q_blocks - 1 - jax.lax.axis_index("block")
     listed = (jax.lax.axis_index("row") if plan.own else 0), block
@@ -146,19 +145,14 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
     # A query block that sees nothing still visits one tile, which its mask shuts, and so finds its zeros.
     count = jnp.maximum(partly + opened, 1)
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(machines.COMPUTE_REGISTERS, action="increase")
+    def compute(warpgroup: Any) -> None:
         machine = Machine(sums[0] if sums else None, warpgroup)
         machine.scoped(
             lambda out: _compute(plan, r, machine, out, warpgroup, block, partly, count),
             out=(ROWS, plan.H),
         )
 
-    @pl.when(warpgroup == WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(machines.COPY_REGISTERS, action="decrease")
-        _copy(plan, r, listed, count)
+    machines.roles(compute, lambda: _copy(plan, r, listed, count))
 
 
 def _copy(plan: _Plan, r: _Refs, listed: tuple[Any, Any], count: Any) -> None:

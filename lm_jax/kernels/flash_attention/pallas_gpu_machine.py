@@ -20,7 +20,7 @@ from lm_jax.kernels.flash_attention.pallas_gpu_tiles import KV_LENGTH, PREFIX_LE
 
 Array = jax.Array
 # Of the 512 that a thread of each of the three warpgroups could have on average.
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+_COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
 THREADS = WARPGROUPS + 1
 _LOAD_TAKES_AN_INDEX = (
     "idx" in inspect.signature(plgpu.load).parameters
@@ -82,6 +82,21 @@ class Machine:
 def sums_for_interpreter(**shapes: tuple[int, int]) -> dict[str, Any]:
     """The scratch for `Machine.sums`."""
     return {name: plgpu.SMEM((WARPGROUPS, *shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def roles(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
+    """Two warpgroups compute, with most of the registers, and one copies."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(warpgroup)
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        copy()
 
 
 def rows_of(block: Any, warpgroup: Any) -> Any:
