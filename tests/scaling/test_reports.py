@@ -108,7 +108,7 @@ def test_the_page_stands_alone_and_names_every_run(
 def test_the_next_config_is_the_law_s_optimum_and_loads(written: tuple[Path, list[str]]) -> None:
     config = build(RunConfig, load(str(written[0] / "next.py")))
     model, train = config.model, config.train
-    budget = 3e13  # ten times the sweep's largest
+    budget = 2.4e13  # ten times the sweep's largest
     tokens = train.total_steps * train.tokens_per_step
     assert abs(costs.training_flops(model, train.length, tokens) / budget - 1) < 0.01
 
@@ -121,6 +121,7 @@ def test_the_next_config_is_the_law_s_optimum_and_loads(written: tuple[Path, lis
     assert abs(model.embed / 8 - best) <= 2  # of the true law; the fitted one is a little off
     assert model.parametrization == "mup" and model.heads == 4 and model.layers == 2
     assert config.optimizer.warmup_steps == pytest.approx(train.total_steps / 10, rel=0.01)
+    assert config.optimizer.learning_rate == pytest.approx(2e-2 * (8e11 / budget) ** 0.5, rel=0.01)
 
 
 def test_the_table_of_a_sweep_over_tokens_can_be_fitted(tmp_path: Path) -> None:

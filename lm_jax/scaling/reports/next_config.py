@@ -100,11 +100,25 @@ def choose(law: Law, configs: Sequence[RunConfig], flops: float, counted: str) -
         largest,
         model=models[i],
         train=dataclasses.replace(train, steps=None, tokens=steps * train.tokens_per_step),
-        optimizer=dataclasses.replace(largest.optimizer, warmup_steps=math.ceil(warm * steps)),
+        optimizer=dataclasses.replace(
+            largest.optimizer, learning_rate=_rate(configs, flops), warmup_steps=math.ceil(warm * steps)
+        ),
         checkpoint=dataclasses.replace(largest.checkpoint, every=max(1, steps // 10), keep_every=None),
     )
     best = estimate(float(sizes[i]), drawn)
     return Next(config, flops, float(sizes[i]), float(tokens[i]), law.predict(float(sizes[i]), float(tokens[i])), best)
+
+
+def _rate(configs: Sequence[RunConfig], flops: float) -> float:
+    """The learning rate at a budget, along the trend of theirs over budgets."""
+    rates = np.array([c.optimizer.learning_rate for c in configs])
+    if np.ptp(rates) == 0:
+        return float(rates[0])
+    budgets = [
+        costs.training_flops(c.model, c.train.length, c.train.total_steps * c.train.tokens_per_step) for c in configs
+    ]
+    slope, at_one = np.polyfit(np.log(budgets), np.log(rates), 1)
+    return float(f"{np.exp(at_one + slope * math.log(flops)):.3g}")
 
 
 def _loss(constants: np.ndarray, N: np.ndarray, D: np.ndarray) -> np.ndarray:
