@@ -292,8 +292,9 @@ def _read(program: dict[str, Computation], inner: Computation, name: str, size: 
             body = program[called(user, "calls")[0]]
             for number, operand in enumerate(user.operands):
                 total += _read(program, body, _parameter(body, number).name, size) if operand == name else 0.0
-        elif user.code == "bitcast":
-            total += _read(program, inner, user.name, size)
+        elif user.code in ("bitcast", "convert"):
+            wider = type_bytes(inner.ops[name].type) / type_bytes(user.type)
+            total += wider * _read(program, inner, user.name, size / wider)
         elif not (user.code == "tuple" or (user.code == "dynamic-update-slice" and user.operands[0] == name)):
             return size
     return total

@@ -123,6 +123,11 @@ def test_of_what_is_cut_in_parts_only_the_parts_are_read() -> None:
     cut = STACKS.replace("dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}", "slice(%s), slice={}")
     time = step_time(cut, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
     assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)
+    cast = cut.replace("parameter(0)\n  %i =", "parameter(0)\n  %w = f32[40,64,64]{2,1,0} convert(%s)\n  %i =")
+    cast = cast.replace("slice = bf16[1,64,64]{2,1,0} slice(%s)", "slice = f32[1,64,64]{2,1,0} slice(%w)")
+    assert "convert(%s)" in cast and "slice(%w)" in cast
+    time = step_time(cast, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)  # in the dtype in which it lies there
     moving = time_of(lambda x: x[3:5] * 1.0, (40, 64, 64), peak=1e15)
     assert moving.memory == pytest.approx(2 * 4 * 2 * 64 * 64 / 1e9, rel=1e-3)
 
