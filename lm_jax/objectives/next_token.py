@@ -20,8 +20,8 @@ Batch = dict[str, Array]
 def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none", layout: Layout = LAYOUT) -> Objective:
     """Mean cross-entropy a counted target, and the z-loss where its weight is above 0.
 
-    A batch has `tokens`, `targets`, `segment_ids`, `positions` (`[B, T]` int32) and `loss_mask` (`[B, T]` bool). Without
-    `segment_ids` each row is one document, which lets attention be computed by what knows no segments (cuDNN).
+    A batch has `tokens`, `targets`, `segment_ids`, `positions` (`[B, T]` int32) and `loss_mask` (`[B, T]` bool).
+    Without `segment_ids` each row is one document, and what knows no segments (cuDNN) can compute attention too.
     """
     names = ("cross_entropy", "z_loss") if z_loss else ("cross_entropy",)
 

@@ -55,7 +55,7 @@ def test_an_unrolled_step_moves_nothing_around() -> None:
 
 
 def test_kernels_of_attention_count_on_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and heads split. The products inside of kernels are in no program's text, and attention is a third of this."""
+    """Rows and heads split. What kernels multiply is in no program's text, and attention is a third of this."""
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
     found = preflight(run(4096, MeshConfig(data=2, tensor=2)), target_of("h200:4"))
     peak = costs.peak_flops("NVIDIA H200")
