@@ -141,6 +141,13 @@ def case_of_config(spec: str) -> Case:
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
+def shared_memory(programs: int) -> dict[str, str]:
+    """What tells so many programs to share a GPU. Ours takes its share at once: a pool that grows does so in powers of
+    two, and would leave PyTorch less. 0.42 is 58 GiB of an H200's, 0.3 is 41 (`GPU_ROWS`, and half of it)."""
+    shares = {1: "0.75", 2: "0.42", 3: "0.3"}
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": shares[programs], "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
 class Worker:
     """A worker's process, seen from the one that gives the turns."""
 
@@ -158,7 +165,7 @@ class Worker:
         ]
         command += [f"--remat={case.remat}"]
         command += [f"--attention={case.model.attention_kernel}"] if case.model.attention_kernel else []
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the three share a GPU
+        environment = shared_memory(len(RUNNERS) - len(set(args.without))) | os.environ
         pipe = subprocess.PIPE
         self.kind = kind
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)

@@ -76,6 +76,15 @@ def test_attention_that_cannot_serve_is_refused_by_name(capfd: pytest.CaptureFix
     assert "implementation 'pallas_gpu' cannot serve this call: it needs an NVIDIA Hopper GPU" in capfd.readouterr().err
 
 
+def test_a_gpu_s_memory_is_shared() -> None:
+    """Ours has what it plans, and the others as much each: 11.6 GiB of state, and 2.5 for a row."""
+    for programs, rows in ((2, step.GPU_ROWS), (3, step.GPU_ROWS // 2)):
+        share = float(step.shared_memory(programs)["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+        assert 11.6 + 2.5 * rows < share * 139.8
+        assert share < (1 - share) / (programs - 1)
+    assert len(step.RUNNERS) == 3
+
+
 def test_the_device_s_own_peak_is_taken() -> None:
     gpu = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 3, "peak_bytes_in_use": 7})
     assert peak_bytes(gpu) == 7
