@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import step
 from benchmarks.gpu_clocks import Clocks
 from benchmarks.step_workers import peak_bytes
 from lm_jax.costs import flops_per_token
-from lm_jax.models.transformer import TransformerConfig
+from lm_jax.models.transformer import TransformerConfig, transformer_specs
+from lm_jax.params import initialize, path_name
 
 ONE_B = "--config=configs/1b.py"
 
@@ -110,8 +113,21 @@ def test_clocks_are_those_of_a_program_s_own_blocks() -> None:
 
 def test_pytorch_attends_by_a_kernel_that_keeps_no_scores() -> None:
     torch = pytest.importorskip("torch")
-    from benchmarks.torch_twin import FUSED, fastest_attention
+    from benchmarks.torch_twin import FUSED, fastest_attention, make_step
 
-    assert torch.nn.attention.SDPBackend.MATH not in FUSED
+    backends, here = torch.nn.attention.SDPBackend, torch.device("cpu")
+    assert backends.MATH not in FUSED
     c = TransformerConfig(layers=1, embed=64, heads=4, kv_heads=2, vocab=64)
-    assert fastest_attention(c, 2, 64, torch.device("cpu")) == torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    assert fastest_attention(c, 2, 64, here) == backends.FLASH_ATTENTION
+    params = initialize(transformer_specs(c), jax.random.key(0))
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    weights: Any = {path_name(path): np.array(leaf) for path, leaf in leaves}
+    rows = np.random.default_rng(0).integers(0, 64, (2, 65))
+
+    def loss(attention: Any) -> float:
+        given: Any = {"compiled": False, "attention": attention}
+        return float(make_step(c, 64, weights, step.CASES["nano"].optimizer, here, **given)(rows[:, :-1], rows[:, 1:]))
+
+    assert loss(backends.FLASH_ATTENTION) == pytest.approx(loss(None), rel=1e-6)
+    with pytest.raises(RuntimeError):  # what cannot serve is not replaced by what can
+        loss(backends.CUDNN_ATTENTION)
