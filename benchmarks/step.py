@@ -16,7 +16,7 @@ once, and a busy machine makes each wait long. So measure on an idle one; the lo
 Needs PyTorch beside what the project installs. On a GPU all keep float32 weights and compute in bfloat16, and share its
 memory; that side has not been measured yet. What is not given there is chosen for one GPU with room: layers unrolled,
 nothing computed again, at most 16 rows of a config's batch, one document a row (so that cuDNN serves both sides;
-`--segments` gives rows segment ids, as the training loop does), and no eager PyTorch, which would not fit beside the
+`--segments` gives rows segment ids, as the training loop does), and no eager PyTorch, by estimate too large beside the
 other two. PyTorch attends by its own fastest backend, found by timing them. MFU counts 6 FLOPs a token and weight, the
 look-up of embeddings not among them, and causal attention exactly (`lm_jax.costs.flops_per_token`).
 """
