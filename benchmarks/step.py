@@ -2,7 +2,8 @@
 
     python -m benchmarks.step                          both sizes for the CPU, `nano` and `14m`
     python -m benchmarks.step --case=nano --json       one of them, the result as JSON on standard output
-    python -m benchmarks.step --platform=gpu --config=configs/1b.py --batch=4     a config's model on one GPU
+    python -m benchmarks.step --platform=gpu --config=configs/1b.py               a config's model on one GPU
+    python -m benchmarks.step --platform=gpu --config=configs/1b.py --attention=pallas_gpu --segments
 
 Ours is `make_train_step` with AdamW and clipping, as `launch.train` runs it: a new batch goes to the devices every
 step, and metrics are read one step late. PyTorch's is `benchmarks/torch_twin.py`, eager and under `torch.compile`, with
@@ -12,8 +13,12 @@ block of steps each, so that a machine whose speed drifts is as unfair to all of
 same round. Other work on the machine is not as unfair: PyTorch's threads wait for each other many times a step, ours
 once, and a busy machine makes each wait long. So measure on an idle one; the load is written beside the result.
 
-Needs PyTorch beside what the project installs. On a GPU all three keep float32 weights and compute in bfloat16, and
-share its memory; that side has not been measured yet.
+Needs PyTorch beside what the project installs. On a GPU all keep float32 weights and compute in bfloat16, and share its
+memory; that side has not been measured yet. What is not given there is chosen for one GPU with room: layers unrolled,
+nothing computed again, at most 16 rows of a config's batch, one document a row (so that cuDNN serves both sides;
+`--segments` gives rows segment ids, as the training loop does), and no eager PyTorch, by estimate too large beside the
+other two. PyTorch attends by its own fastest backend, found by timing them. MFU counts 6 FLOPs a token and weight, the
+look-up of embeddings not among them, and causal attention exactly (`lm_jax.costs.flops_per_token`).
 """
 
 from __future__ import annotations
@@ -29,45 +34,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from launch import runtime
+from benchmarks.gpu_clocks import Clocks
+from benchmarks.step_workers import Case, serve
 from lm_jax.costs import flops_per_token, peak_flops
 from lm_jax.errors import UserError
-from lm_jax.models.transformer import TransformerConfig, transformer_specs
-from lm_jax.params import count, path_name
+from lm_jax.kernels.flash_attention import IMPLEMENTATIONS
+from lm_jax.models.transformer import REMAT, TransformerConfig, transformer_specs
+from lm_jax.params import count
 
 RUNNERS = ("ours", "eager", "compiled")
-OPTIMIZER: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "b1": 0.9,
-    "b2": 0.95,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_norm": 1.0,
-}
 PARITY_STEPS = 3
 PARITY = 1e-3  # relative; bf16 compute gets ten times as much
 BUSY = 0.25  # processes a core that want to run, before ours
+# With configs/1b.py ours plans 51 GiB for 16 rows of 2,048 (compiled ahead of time for an H200, which has 140).
+GPU_ROWS = 16
+# A GPU's step lasts a third of a second: a block has some ten of them, and its start and end weigh little.
+ROUNDS, BLOCK_SECONDS = {"cpu": 20, "gpu": 12}, {"cpu": 0.7, "gpu": 3.0}
 SAVED = Path(__file__).parent / "results"
-Run = Callable[[int], tuple[float, list[float]]]  # how many steps -> seconds in all, losses
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model and the shape of its batch; `remat` is ours alone."""
-
-    name: str
-    model: TransformerConfig
-    length: int
-    batch: int
-    remat: str = "none"
-
 
 NANO = TransformerConfig(
     layers=4, embed=128, heads=4, vocab=65, feed_forward="squared_relu", feed_forward_dim=512, tied=True, scan=False
@@ -76,7 +65,7 @@ SMALL = TransformerConfig(layers=6, embed=384, heads=6, vocab=8192, feed_forward
 CASES = {"nano": Case("nano", NANO, 64, 12), "14m": Case("14m", SMALL, 256, 8)}
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument("--config", help="a config file's model instead, with its length")
@@ -84,28 +73,56 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="rows of a step")
     parser.add_argument("--devices", type=int, default=1, help="on CPU: JAX devices, the batch split over them")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPU: PyTorch's threads")
-    parser.add_argument(
-        "--scan", action=argparse.BooleanOptionalAction, help="layers scanned or unrolled (default: the case's)"
-    )
-    parser.add_argument("--rounds", type=int, default=20, help="blocks of each")
-    parser.add_argument("--block-seconds", type=float, default=0.7, help="how long a block of ours is to last")
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument("--scan", action=yes_or_no, help="layers scanned or unrolled (default: the case's)")
+    parser.add_argument("--remat", choices=REMAT, help="what ours computes again (default: the case's)")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="who computes ours (default: the model's choice)")
+    parser.add_argument("--segments", action=yes_or_no, help="whether our rows come with segment ids (default: on CPU)")
+    parser.add_argument("--rounds", type=int, help=f"blocks of each (default: {ROUNDS})")
+    parser.add_argument("--block-seconds", type=float, help=f"how long one of ours is to last ({BLOCK_SECONDS})")
     parser.add_argument("--without", action="append", default=[], choices=RUNNERS, help="leave one out")
+    parser.add_argument("--eager", action=yes_or_no, help="PyTorch without torch.compile as well (default: on CPU)")
     parser.add_argument(
         "--json", nargs="?", const="-", help="also write the result as JSON; to standard output if no file is named"
     )
     parser.add_argument("--save", action="store_true", help="also write it to benchmarks/results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or ROUNDS[args.platform]
+    args.block_seconds = args.block_seconds or BLOCK_SECONDS[args.platform]
+    if not (args.platform == "cpu" if args.eager is None else args.eager):
+        args.without.append("eager")
+    return args
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The cases that the command line asks for."""
+    """The cases that the command line asks for.
+
+    Raises:
+      UserError: where a config leaves open what has to be known.
+    """
     chosen = [case_of_config(args.config)] if args.config else [CASES[name] for name in args.case or CASES]
-    changes: dict[str, Any] = {} if args.batch is None else {"batch": args.batch}
-    if args.scan is not None:
-        chosen = [dataclasses.replace(c, model=dataclasses.replace(c.model, scan=args.scan)) for c in chosen]
-    return [dataclasses.replace(c, **changes) for c in chosen]
+    return [settled(case, args) for case in chosen]
+
+
+def settled(case: Case, args: argparse.Namespace) -> Case:
+    """A case with what the command line says of it, and on a GPU with what suits one that has room."""
+
+    def first(given: Any, on_gpu: Any, own: Any) -> Any:
+        return given if given is not None else on_gpu if args.platform == "gpu" else own
+
+    model = dataclasses.replace(
+        case.model,
+        scan=first(args.scan, False, case.model.scan),
+        attention_kernel=args.attention or case.model.attention_kernel,
+    )
+    remat = first(args.remat, "none", case.remat)
+    if remat == "auto":
+        raise UserError("train.remat: auto is settled by launch.train alone\nname a policy, as --remat=none")
+    rows = first(args.batch, min(case.batch, GPU_ROWS), case.batch)
+    segments = first(args.segments, False, case.segments)
+    return dataclasses.replace(case, model=model, batch=rows, remat=remat, segments=segments)
 
 
 def case_of_config(spec: str) -> Case:
@@ -115,122 +132,20 @@ def case_of_config(spec: str) -> Case:
     from lm_jax.training.run import RunConfig
 
     run = build(RunConfig, load(spec))
-    if run.train.remat == "auto":
-        raise SystemExit("train.remat: auto is settled by launch.train alone; name a policy")
     model = run.model if run.model.vocab else dataclasses.replace(run.model, vocab=32_000)
-    return Case(Path(spec.split(":")[0]).stem, model, run.train.length, run.train.batch_size, run.train.remat)
-
-
-def batches(case: Case) -> Iterator[np.ndarray]:
-    """Rows of random token ids `[B, T + 1]`, the same for every worker."""
-    rng = np.random.default_rng(0)
-    while True:
-        yield rng.integers(0, case.model.ids, (case.batch, case.length + 1), dtype=np.int32)
+    name, train = Path(spec.split(":")[0]).stem, run.train
+    # There is no warm-up here, and a large model's first steps at its peak rate are as the smallest rounding is.
+    return Case(name, model, train.length, train.batch_size, train.remat, learning_rate=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
-def serve(args: argparse.Namespace) -> None:
-    """A worker: reads a number of steps a line on standard input, takes them, and answers with seconds and losses."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    runtime.keep_freed_memory()  # as launch.train does; PyTorch gains by it as well, but less
-    (case,) = cases(args)
-    start = our_worker if args.worker == "ours" else torch_worker
-    run, about = start(case, args)
-    print(json.dumps(about), file=answers, flush=True)
-    for line in sys.stdin:
-        seconds, losses = run(int(line))
-        print(json.dumps({"seconds": seconds, "losses": losses}), file=answers, flush=True)
-
-
-def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
-    """Our step as the training loop runs it. Writes its weights for the others."""
-    import jax
-    import jaxlib
-
-    if args.platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", args.devices)
-
-    from lm_jax.objectives.next_token import next_token
-    from lm_jax.sharding import MeshConfig, make_mesh, partition
-    from lm_jax.training.optimizers import OptimizerConfig, make_optimizer
-    from lm_jax.training.schedules import learning_rate
-    from lm_jax.training.state import init_state
-    from lm_jax.training.step import make_train_step
-
-    specs = transformer_specs(case.model)
-    settings = OptimizerConfig(schedule="constant", warmup_steps=0, **OPTIMIZER)
-    optimizer = make_optimizer(settings, specs, 1)
-    mesh = make_mesh(MeshConfig(data=-1), jax.devices() if args.platform == "cpu" else jax.devices()[:1])
-    jax.set_mesh(mesh)
-    state = init_state(specs, optimizer, mesh, 0)
-    leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    weights: dict[str, Any] = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
-    np.savez(args.weights, **weights)
-    objective = next_token(case.model, remat=case.remat)
-    step = make_train_step(objective, optimizer, learning_rate(settings, 1), clip_norm=settings.clip_norm)
-    step = jax.jit(step, donate_argnums=0)
-    shape = (case.batch, case.length)
-    sharding = jax.sharding.NamedSharding(mesh, partition("batch", "length", shape=shape, mesh=mesh))
-    constant = {
-        "segment_ids": np.zeros(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(case.length, dtype=np.int32), shape).copy(),
-        "loss_mask": np.ones(shape, bool),
-    }
-    rows = batches(case)
-
-    def run(steps: int) -> tuple[float, list[float]]:
-        nonlocal state
-        host = [next(rows) for _ in range(steps)]  # the loop's loader has them ready as well
-        losses = []
-        waiting: Any = None
-        start = time.perf_counter()
-        for r in host:
-            batch = jax.device_put({"tokens": r[:, :-1], "targets": r[:, 1:], **constant}, sharding)
-            state, metrics = step(state, batch)
-            if waiting is not None:
-                losses.append(float(jax.device_get(waiting)["loss"]))
-            waiting = metrics
-        losses.append(float(jax.device_get(waiting)["loss"]))
-        jax.block_until_ready(state)
-        return time.perf_counter() - start, losses
-
-    about = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "device": mesh.devices.flat[0].device_kind}
-    return run, about | {"devices": mesh.size}
-
-
-def torch_worker(case: Case, args: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
-    """PyTorch's step, eager or compiled, from our weights."""
-    import torch
-
-    from benchmarks.torch_twin import make_step
-
-    if args.platform == "cpu":
-        torch.set_num_threads(args.threads)
-    device = torch.device("cpu" if args.platform == "cpu" else "cuda")
-    with np.load(args.weights) as weights:
-        step = make_step(case.model, case.length, weights, OPTIMIZER, device, compiled=args.worker == "compiled")
-    rows = batches(case)
-
-    def run(steps: int) -> tuple[float, list[float]]:
-        host = [next(rows) for _ in range(steps)]
-        losses = []
-        waiting: Any = None
-        start = time.perf_counter()
-        for r in host:
-            loss = step(r[:, :-1], r[:, 1:])
-            if waiting is not None:
-                losses.append(waiting.item())
-            waiting = loss
-        losses.append(waiting.item())
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, losses
-
-    return run, {"torch": torch.__version__, "threads": torch.get_num_threads()}
+def shared_memory(programs: int) -> dict[str, str]:
+    """What tells so many programs to share a GPU. Ours takes its share at once: a pool that grows does so in powers of
+    two, and would leave PyTorch less. 0.42 is 58 GiB of an H200's, 0.3 is 41 (`GPU_ROWS`, and half of it)."""
+    shares = {1: "0.75", 2: "0.42", 3: "0.3"}
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": shares[programs], "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 class Worker:
@@ -245,8 +160,12 @@ class Worker:
             f"--devices={args.devices}",
             f"--threads={args.threads}",
         ]
-        command += ["--scan" if case.model.scan else "--no-scan"]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the three share a GPU
+        command += [
+            f"--{'' if on else 'no-'}{name}" for name, on in (("scan", case.model.scan), ("segments", case.segments))
+        ]
+        command += [f"--remat={case.remat}"]
+        command += [f"--attention={case.model.attention_kernel}"] if case.model.attention_kernel else []
+        environment = shared_memory(len(RUNNERS) - len(set(args.without))) | os.environ
         pipe = subprocess.PIPE
         self.kind = kind
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -262,7 +181,7 @@ class Worker:
         return json.loads(line)
 
     def run(self, steps: int) -> dict[str, Any]:
-        """`seconds` in all and `losses`."""
+        """`seconds` in all, `losses`, and `peak_bytes` so far."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
@@ -280,6 +199,7 @@ class Worker:
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Starts the workers, checks that they compute the same, and lets them take turns."""
     workers: list[Worker] = []
+    clocks = Clocks() if args.platform == "gpu" else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             for kind in RUNNERS:
@@ -288,16 +208,20 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         about = {k: v for w in workers for k, v in w.about.items()}
         losses = {w.kind: w.run(PARITY_STEPS)["losses"] for w in workers}
         check_parity(losses, PARITY if args.platform == "cpu" else 10 * PARITY)
-        times = take_turns(workers, args.rounds, args.block_seconds)
+        times, spans, peaks = take_turns(workers, args.rounds, args.block_seconds)
+        found = {kind: clocks.during(here) for kind, here in spans.items()} if clocks else {}
     finally:
         for worker in workers:
             worker.close()
+        if clocks:
+            clocks.close()
     flops = case.batch * case.length * flops_per_token(case.model, case.length)
     result: dict[str, Any] = {
         "model": dataclasses.asdict(case.model),
         "batch": case.batch,
         "length": case.length,
         "remat": case.remat,
+        "segments": case.segments,
         "parameters": count(transformer_specs(case.model)),
         "about": about,
         "first_losses": losses,
@@ -309,6 +233,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         result["speed_over"] = {
             kind: spread([b / a for a, b in zip(times["ours"], times[kind], strict=True)]) for kind in others
         }
+    result["tokens_per_second"] = {k: case.batch * case.length / median(ts) for k, ts in times.items()}
+    result["peak_bytes"], result["clocks"] = peaks, found
     result["tflops"] = {kind: flops / median(ts) / 1e12 for kind, ts in times.items()}
     peak = peak_flops(about.get("device", "")) if args.platform == "gpu" else None
     if peak:
@@ -326,16 +252,25 @@ def check_parity(losses: dict[str, list[float]], tolerance: float) -> None:
                 )
 
 
-def take_turns(workers: list[Worker], rounds: int, block_seconds: float) -> dict[str, list[float]]:
-    """Seconds a step, a figure a round, by worker."""
+def take_turns(
+    workers: list[Worker], rounds: int, block_seconds: float
+) -> tuple[dict[str, list[float]], dict[str, list[tuple[float, float]]], dict[str, int | None]]:
+    """By worker: seconds a step, a figure a round; when its blocks began and ended; the most bytes of the device's
+    memory that it took."""
     for worker in workers:
         worker.run(3)  # compilation is behind them since the first losses; caches are not
     steps = {w.kind: max(1, round(block_seconds / (w.run(3)["seconds"] / 3))) for w in workers}
     times: dict[str, list[float]] = {w.kind: [] for w in workers}
+    spans: dict[str, list[tuple[float, float]]] = {w.kind: [] for w in workers}
+    peaks: dict[str, int | None] = {}
     for i in range(rounds):
         for worker in workers[i % len(workers) :] + workers[: i % len(workers)]:
-            times[worker.kind].append(worker.run(steps[worker.kind])["seconds"] / steps[worker.kind])
-    return times
+            start = time.perf_counter()
+            answer = worker.run(steps[worker.kind])
+            spans[worker.kind].append((start, time.perf_counter()))
+            times[worker.kind].append(answer["seconds"] / steps[worker.kind])
+            peaks[worker.kind] = answer["peak_bytes"]
+    return times, spans, peaks
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -366,16 +301,27 @@ def machine() -> dict[str, Any]:
 
 def table(case: Case, result: dict[str, Any]) -> str:
     """The result as lines of text."""
+    about = result["about"]
+    by = [
+        f"{who} by {about[key]}"
+        for who, key in (("ours", "attention"), ("PyTorch's", "torch_attention"))
+        if key in about
+    ]
     head = f"{case.name}: {result['parameters'] / 1e6:.2f}M parameters, batch {case.batch} x {case.length}"
+    head += f", attention {', '.join(by)}" if by else ""
     lines = [
         head,
-        f"  {'':10}{'ms a step: min':>16}{'median':>10}{'max':>10}{'ktokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}",
+        f"  {'':10}{'ms a step: min':>16}{'median':>10}{'max':>10}{'ktokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}"
+        + f"{'GiB':>8}{'MHz':>7}{'W':>6}",
     ]
     for kind, ms in result["milliseconds"].items():
         rate = case.batch * case.length / ms["median"]
         mfu = f"{result['mfu'][kind]:8.1%}" if "mfu" in result else f"{'':8}"
         speed = f"{rate:12.1f}{result['tflops'][kind]:10.3f}"
-        lines.append(f"  {kind:10}{ms['min']:16.2f}{ms['median']:10.2f}{ms['max']:10.2f}{speed}{mfu}")
+        memory, clock = result["peak_bytes"][kind], result["clocks"].get(kind)
+        end = f"{memory / 2**30:8.1f}" if memory else f"{'':8}"
+        end += f"{clock['MHz']:7.0f}{clock['W']:6.0f}" if clock else ""
+        lines.append(f"  {kind:10}{ms['min']:16.2f}{ms['median']:10.2f}{ms['max']:10.2f}{speed}{mfu}{end}".rstrip())
     for kind, r in result.get("speed_over", {}).items():
         lines.append(
             f"  speed over {kind}: {r['median']:.2f} (a round: {r['min']:.2f} to {r['max']:.2f}, {r['n']} rounds)"
@@ -383,11 +329,12 @@ def table(case: Case, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    args = arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     try:
         if args.worker:
-            serve(args)
+            (case,) = cases(args)
+            serve(case, args)
             return 0
         report: dict[str, Any] = {"machine": machine(), "cases": {}}
         load = report["machine"]["load_at_start"]

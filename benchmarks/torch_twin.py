@@ -11,6 +11,7 @@ Shapes: B batch, T length, D embed, N query heads, K key-value heads, H head dim
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm_jax.errors import UserError
 from lm_jax.models.transformer import TransformerConfig
@@ -135,6 +137,52 @@ def load_weights(model: Twin, weights: Mapping[str, np.ndarray], c: TransformerC
                 put(block.feed_forward_norm.weight, weights["blocks/feed_forward_norm/gain"][i])
 
 
+# Of PyTorch's attention, those that keep no scores in memory.
+FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def fastest_attention(c: TransformerConfig, batch: int, length: int, device: torch.device) -> SDPBackend:
+    """The backend that takes the least time for value and gradients of the model's causal attention. (PyTorch's own
+    order has cuDNN last.)
+
+    Raises:
+      UserError: none of `FUSED` serves such a call here.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = [(batch, n, length, c.head_size) for n in (c.heads, c.key_heads, c.key_heads)]
+    q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+
+    def once() -> None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.key_heads)
+        torch.autograd.grad(y, (q, k, v), y)
+
+    times: dict[SDPBackend, float] = {}
+    for backend in FUSED:
+        try:
+            with sdpa_kernel(backend):
+                times[backend] = _seconds(once, device)
+        except RuntimeError:  # it does not serve such a call
+            continue
+    if not times:
+        raise UserError("none of PyTorch's fused kernels serves this attention: the scores would be in memory")
+    return min(times, key=lambda backend: times[backend])
+
+
+def _seconds(f: Callable[[], None], device: torch.device, times: int = 10) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        f()
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        f()
+    wait()
+    return time.perf_counter() - start
+
+
 def make_step(
     c: TransformerConfig,
     length: int,
@@ -143,6 +191,7 @@ def make_step(
     device: torch.device,
     *,
     compiled: bool,
+    attention: SDPBackend | None = None,
 ) -> Callable[[np.ndarray, np.ndarray], Tensor]:
     """A function of (tokens, targets) `[B, T]` that takes one step and gives the loss, still on the device.
 
@@ -153,6 +202,7 @@ def make_step(
       optimizer: `learning_rate, b1, b2, eps, weight_decay, clip_norm`.
       device: a GPU computes in bfloat16, from float32 weights; a CPU in float32.
       compiled: whether the model runs under `torch.compile`.
+      attention: the one backend that may compute attention; None: PyTorch's choice.
 
     Raises:
       UserError: where the twin lacks something that the config asks for.
@@ -160,9 +210,9 @@ def make_step(
     if c.qk_norm or c.logit_soft_cap is not None or c.position != "rope":
         raise UserError("the PyTorch twin has rotary positions, no norm of queries and keys, and no soft cap of logits")
     cuda = device.type == "cuda"
-    model = Twin(c, length, torch.bfloat16 if cuda else torch.float32)
+    with device:
+        model = Twin(c, length, torch.bfloat16 if cuda else torch.float32)
     load_weights(model, weights, c)
-    model = model.to(device)
     # As ours: embeddings and gains do not decay.
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embedding")]
     decayed = [p for p in model.parameters() if all(p is not q for q in plain)]
@@ -172,15 +222,19 @@ def make_step(
     run = torch.compile(model) if compiled else model
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if cuda else contextlib.nullcontext()
 
+    def backend() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if attention is None else sdpa_kernel(attention)
+
     def on_device(a: np.ndarray) -> Tensor:
         t = torch.from_numpy(a.astype(np.int64))
         return t.pin_memory().to(device, non_blocking=True) if cuda else t
 
     def step(tokens: np.ndarray, targets: np.ndarray) -> Tensor:
         x, y = on_device(tokens), on_device(targets)
-        with autocast:
-            loss = run(x, y)
-        loss.backward()
+        with backend():
+            with autocast:
+                loss = run(x, y)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"], foreach=True)
         adamw.step()
         adamw.zero_grad(set_to_none=True)

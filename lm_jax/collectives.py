@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lm_jax.hlo import Traffic
-from lm_jax.kernels.cross_entropy import CHUNK_BYTES
+from lm_jax.kernels.cross_entropy import chunk_bytes
 from lm_jax.kernels.flash_attention import AttentionMask
 from lm_jax.kernels.flash_attention.ring import steps_of
 from lm_jax.models.transformer import TransformerConfig, transformer_specs
@@ -158,7 +158,7 @@ def _tensor(step: _Step) -> None:
         step.add("all-reduce", axes, (sums + 1) * x)
     # The gradient of the hidden states. Where the residual is split, each device needs a part of it, but a chunk's rows
     # are not those of a part: only a loss of one chunk scatters the sum.
-    one_chunk = step.tokens <= CHUNK_BYTES * step.size["tensor"] // (_F32 * c.ids)
+    one_chunk = step.tokens <= chunk_bytes() * step.size["tensor"] // (_F32 * c.ids)
     step.add("reduce-scatter" if step.mesh.split_residual and one_chunk else "all-reduce", axes, x)
     # A row's largest logit, the sum of its exponentials, the target's logit.
     step.add("all-reduce", axes, 3 * _F32 * step.tokens)

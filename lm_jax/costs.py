@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from lm_jax import tpu_memory
-from lm_jax.kernels.cross_entropy import CHUNK_BYTES
+from lm_jax.kernels.cross_entropy import chunk_bytes
 from lm_jax.models.transformer import TransformerConfig, hidden, transformer_specs
 from lm_jax.params import Tree, named, role
 from lm_jax.sharding import AXES, LAYOUT, MESH, Layout, MeshConfig, abstract, partition, platform
@@ -322,7 +322,7 @@ def _output(c: TransformerConfig, mesh: AbstractMesh, shape: tuple[int, int]) ->
     holds all of them, else 0."""
     v = c.ids // mesh.shape["tensor"]
     rows = tpu_memory.rows_of(mesh, shape)
-    chunk = min(rows, max(1, CHUNK_BYTES // (4 * v)))
+    chunk = min(rows, max(1, chunk_bytes() // (4 * v)))
     item = np.dtype(c.compute_dtype).itemsize
     logits = 2 * 4 * chunk * v  # the logits, and the gradient that takes their place
     weight = (4 + 2 * item) * c.embed * v  # its gradient in float32, that and the weight itself in the dtype of compute

@@ -24,7 +24,7 @@ from lm_jax.preflight.chips import Chip, Target
 
 # Attention's kernels, of the peak, with a head dim of 128: bundles of a 1,024 x 1,024 tile by the compiler's count
 # (benchmarks/README.md), over the cycles that its products take at the peak; forward, backward. Of GPUs, what cuDNN
-# reaches on an H200 (644 and 541 TFLOP/s, causal, 8,192 long).
+# reaches on an H200 (644 and 541 TFLOP/s, causal, 8,192 long), for our kernels too: no chip has timed those yet.
 _ATTENTION = {
     "TPU v5 lite": (0.95, 0.95),
     "TPU v5": (0.95, 0.95),
@@ -34,8 +34,9 @@ _ATTENTION = {
     "NVIDIA H200": (0.65, 0.55),
 }
 _GEMM = 'custom_call_target="__cublas$'  # how XLA for GPUs writes a product that cuBLAS makes
-_KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
+_KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu|__cudnn\$fmha)')
 _FREE = ("bitcast", "tuple", "get-tuple-element", "parameter", "constant", "after-all", "partition-id", "iota")
+_CUTS = ("dynamic-slice", "slice")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _LAID_OUT = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
 
@@ -260,6 +261,8 @@ def _moved(program: dict[str, Computation], here: Computation, op: Op) -> float:
         return float(type_bytes(op.type.strip("()").split(", ")[0]))  # what arrives
     if op.code == "dynamic-update-slice":
         return 2 * float(type_bytes(here.ops[op.operands[1]].type))
+    if op.code in _CUTS:
+        return min(_in_memory(here.ops[op.operands[0]].type), float(type_bytes(op.type))) + _in_memory(op.type)
     if op.code != "fusion":
         return sum(_in_memory(here.ops[name].type) for name in op.operands) + _in_memory(op.type)
     inner = program[called(op, "calls")[0]]
@@ -283,14 +286,15 @@ def _read(program: dict[str, Computation], inner: Computation, name: str, size: 
     """Bytes of an array of `size` that a fusion's body reads, where it is called `name`; fusions stand in fusions."""
     total = 0.0
     for user in inner.users.get(name, []):
-        if user.code == "dynamic-slice":
+        if user.code in _CUTS:
             total += type_bytes(user.type)
         elif user.code == "fusion":
             body = program[called(user, "calls")[0]]
             for number, operand in enumerate(user.operands):
                 total += _read(program, body, _parameter(body, number).name, size) if operand == name else 0.0
-        elif user.code == "bitcast":
-            total += _read(program, inner, user.name, size)
+        elif user.code in ("bitcast", "convert"):
+            wider = type_bytes(inner.ops[name].type) / type_bytes(user.type)
+            total += wider * _read(program, inner, user.name, size / wider)
         elif not (user.code == "tuple" or (user.code == "dynamic-update-slice" and user.operands[0] == name)):
             return size
     return total

@@ -130,5 +130,8 @@ def test_no_array_of_all_logits() -> None:
 
 
 def test_the_usual_chunk_fits_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 16 * 512 * 4)
+    monkeypatch.setattr(kernel, "_CHUNK_BYTES", 16 * 512 * 4)
     assert largest() == 16
+    monkeypatch.setattr(kernel, "_CHUNK_BYTES_OF_A_GPU", 32 * 512 * 4)
+    monkeypatch.setattr(kernel, "platform", lambda: "gpu")
+    assert largest() == 32

@@ -73,7 +73,8 @@ def test_a_gpu_library_s_product_takes_its_flops() -> None:
     found = step_time(CUBLAS, [], PLAIN, 1e6, {}, attention_flops=(0.0, 0.0), head_dim=128)
     assert found.compute == pytest.approx(8 * 2 * 300 * 500 * 700 / 1e6)
     assert not attends_in_kernels(CUBLAS)
-    assert attends_in_kernels(CUBLAS.replace("__cublas$lt$matmul", "__cudnn$fmhaSoftmax"))
+    for kernel in ("__cudnn$fmhaSoftmax", "mosaic_gpu_v2"):  # the latter is what Pallas' kernels for Hopper are called
+        assert attends_in_kernels(CUBLAS.replace("__cublas$lt$matmul", kernel))
 
 
 STACKS = """HloModule m
@@ -115,6 +116,20 @@ def test_of_a_stack_only_what_is_cut_or_put_is_moved() -> None:
     """Also in a fusion inside a fusion, and among several results, of which one is an operand handed on."""
     time = step_time(STACKS, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
     assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)  # x, what is cut, what is put; the index
+
+
+def test_of_what_is_cut_in_parts_only_the_parts_are_read() -> None:
+    """Layers that are unrolled cut their weights out of the stack one by one."""
+    cut = STACKS.replace("dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}", "slice(%s), slice={}")
+    time = step_time(cut, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)
+    cast = cut.replace("parameter(0)\n  %i =", "parameter(0)\n  %w = f32[40,64,64]{2,1,0} convert(%s)\n  %i =")
+    cast = cast.replace("slice = bf16[1,64,64]{2,1,0} slice(%s)", "slice = f32[1,64,64]{2,1,0} slice(%w)")
+    assert "convert(%s)" in cast and "slice(%w)" in cast
+    time = step_time(cast, [], PLAIN, 1e15, {}, attention_flops=(0.0, 0.0), head_dim=128)
+    assert time.memory == pytest.approx((3 * 2 * 64 * 64 + 4) / 1e9)  # in the dtype in which it lies there
+    moving = time_of(lambda x: x[3:5] * 1.0, (40, 64, 64), peak=1e15)
+    assert moving.memory == pytest.approx(2 * 4 * 2 * 64 * 64 / 1e9, rel=1e-3)
 
 
 def sent(bytes_: int, overlaps: bool, loop: str = "") -> Collective:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, NamedSharding
 
+from lm_jax.costs import abstract_mesh
 from lm_jax.kernels.flash_attention import (
     IMPLEMENTATIONS,
     AttentionMask,
@@ -27,6 +29,7 @@ from lm_jax.kernels.flash_attention import (
 )
 from lm_jax.kernels.flash_attention.implementation import Call, with_gradient
 from lm_jax.kernels.flash_attention.pallas_gpu_tiles import LOG2E, LOWEST, GpuBlocks
+from lm_jax.sharding import MeshConfig, partition
 from tests.kernels.flash_attention.cases import MASKS, Shape
 
 H200 = "NVIDIA H200"
@@ -123,6 +126,44 @@ def test_value_and_gradient_lower_for_cuda(name: str, H: int) -> None:
     program = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["cuda"])(*call[:3])
     for kernel in ("forward", "backward_keys", "backward_queries"):
         assert f"flash_attention_{kernel}" in program.mlir_module()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        MeshConfig(data=1),  # a training step has a mesh on one GPU too
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(data=2, sequence=2, tensor=2, context="ring"),
+        pytest.param(MeshConfig(data=1, sequence=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=2, sequence=4, context="all_to_all"), marks=pytest.mark.slow),
+    ],
+    ids=["one", "rows and heads", "ring", "gather", "all_to_all"],
+)
+def test_it_lowers_on_meshes(layout: MeshConfig) -> None:
+    """Packed rows, whose lists of tiles are made on each device of its own rows; key heads are split over `tensor`."""
+    devices = layout.data * layout.fsdp * layout.sequence * layout.tensor
+    mesh = abstract_mesh(layout, devices, AbstractDevice(H200, 1, "gpu"))
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        names = ("batch", "length", "heads", "head_dim")[: len(shape)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition(*names)))
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array, ids: jax.Array) -> jax.Array:
+        mask = AttentionMask(q_segment_ids=ids, kv_segment_ids=ids)
+        given: dict[str, Any] = {"implementation": "pallas_gpu", "context": layout.context}
+        return flash_attention(q, k, v, mask=mask, sinks_N=sinks, **given).astype(jnp.float32).sum()
+
+    sinks = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, partition("heads")))
+    arrays = [array(jnp.bfloat16, 4, 512, n, 64) for n in (8, 4, 4)] + [sinks, array(jnp.int32, 4, 512)]
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*arrays).lower(lowering_platforms=("cuda",))
+    heads = layout.tensor * (layout.sequence if layout.context == "all_to_all" else 1)
+    rows, length = 4 // (layout.data * layout.fsdp), 512 // (layout.sequence if heads == layout.tensor else 1)
+    if layout.context == "ring":
+        length //= 2  # a part of the ring's is a chunk of two
+    queries = f"tensor<{rows}x{length}x{8 // heads}x64xbf16>"
+    kernels = [line for line in lowered.as_text().splitlines() if "mosaic_gpu" in line and "custom_call" in line]
+    assert len(kernels) >= 3 and any(queries in line for line in kernels), queries
 
 
 # --- the arithmetic, as the kernels call it ---------------------------------------------------------------------------
