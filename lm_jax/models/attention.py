@@ -38,8 +38,8 @@ class AttentionConfig(NormConfig, PositionConfig, ParametrizationConfig):
       attention_soft_cap: scores become `cap * tanh(scores / cap)`; None: they stay (Gemma 2, arXiv:2408.00118).
       attention_sinks: whether each head learns a logit that takes its share of the softmax and gives nothing (Xiao et
         al. 2023, arXiv:2309.17453).
-      attention_kernel: what computes it: `reference`, `xla`, `pallas_tpu`, `pallas_gpu` or `cudnn`; None: the first
-        of the platform's that can.
+      attention_kernel: what computes it: `reference`, `xla`, `pallas_tpu`, `pallas_gpu`, `pallas_gpu_deterministic`
+        or `cudnn`; None: the first of the platform's that can.
     """
 
     embed: int = 256

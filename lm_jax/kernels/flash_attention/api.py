@@ -34,7 +34,15 @@ from lm_jax.sharding import (
 Array = jax.Array
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (reference, xla, pallas_tpu, pallas_gpu, cudnn)
+    known.name: known
+    for known in (
+        reference.IMPLEMENTATION,
+        xla.IMPLEMENTATION,
+        pallas_tpu.IMPLEMENTATION,
+        pallas_gpu.IMPLEMENTATION,
+        pallas_gpu.DETERMINISTIC,
+        cudnn.IMPLEMENTATION,
+    )
 }
 # Which are tried by default on a platform, the first that can serve a call taking it. `pallas_gpu` is in no order: it
 # has not run on a chip yet, and so it computes only what names it.

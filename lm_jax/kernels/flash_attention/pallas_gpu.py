@@ -11,6 +11,7 @@ Shapes: B batch, T queries, S keys, N query heads, K key-value heads, H head dim
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from typing import Any
@@ -80,21 +81,37 @@ def forward(call: Call, interpret: Any = None) -> tuple[Array, Array, None]:
 
 
 def backward(
-    call: Call, out: Array, lse: Array, saved: Any, d_out: Array, d_lse: Array, interpret: Any = None
+    call: Call,
+    out: Array,
+    lse: Array,
+    saved: Any,
+    d_out: Array,
+    d_lse: Array,
+    *,
+    deterministic: bool = False,
+    interpret: Any = None,
 ) -> Gradients:
-    """The gradients by two kernels, the same bit for bit in every run; arguments as `implementation.with_gradient`
-    gives them."""
+    """The gradients by one kernel, or by two that give the same bits in every run; the other arguments as
+    `implementation.with_gradient` gives them."""
     from lm_jax.kernels.flash_attention import pallas_gpu_backward
 
     del saved
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse.astype(jnp.float32)
     blocks = block_sizes.gpu_blocks(call)
     d_out = d_out.astype(call.q_BTNH.dtype)
-    grads = pallas_gpu_backward.backward(call, lse, delta, d_out, blocks, interpret=interpret)
+    grads = pallas_gpu_backward.backward(
+        call, lse, delta, d_out, blocks, deterministic=deterministic, interpret=interpret
+    )
     if call.sinks_N is None:
         return Gradients(*grads)
     share = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(call.sinks_N.astype(jnp.float32) - lse))
     return Gradients(*grads, sinks_N=-jnp.sum(share * delta, (0, 1)).astype(call.sinks_N.dtype))
 
 
-IMPLEMENTATION = Implementation("pallas_gpu", refuses, with_gradient(forward, backward), forward, backward)
+def _implementation(name: str, deterministic: bool) -> Implementation:
+    back = functools.partial(backward, deterministic=deterministic)
+    return Implementation(name, refuses, with_gradient(forward, back), forward, back)
+
+
+IMPLEMENTATION = _implementation("pallas_gpu", deterministic=False)
+DETERMINISTIC = _implementation("pallas_gpu_deterministic", deterministic=True)

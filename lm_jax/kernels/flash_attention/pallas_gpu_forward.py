@@ -97,21 +97,15 @@ def forward(call: Call, blocks: GpuBlocks, *, interpret: Any = None) -> tuple[Ar
     )
     q = tiles.padded(call.q_BTNH, T_up)
     k, v = (tiles.padded(x, S_up) for x in (call.k_BSKH, call.v_BSKH))
-    out, lse = plgpu.kernel(
+    out, lse = machines.launch(
         functools.partial(_kernel, plan=plan),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, N, T_up), jnp.float32),
-        ),
-        scratch_types=_scratch(plan),
-        grid=(N, plan.q_blocks, B),
-        grid_names=("head", "block", "row"),
-        num_threads=machines.THREADS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="flash_attention_forward",
-        **({} if interpret is None else {"interpret": interpret}),
-    )(q, k, v, *work)
+        (q, k, v, *work),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T_up), jnp.float32)),
+        _scratch(plan),
+        (N, plan.q_blocks, B),
+        "flash_attention_forward",
+        interpret=interpret,
+    )
     return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
 
 
@@ -132,12 +126,13 @@ def _scratch(plan: _Plan) -> tuple[Any, ...]:
         free,
         free,
         each,
-        *([] if sums is None else [sums]),
+        sums,
     )
 
 
-def _kernel(*refs: Any, plan: _Plan) -> None:
-    r, sums = _Refs._make(refs[: len(_Refs._fields)]), refs[len(_Refs._fields) :]
+def _kernel(operands: Any, out: Any, lse: Any, scratch: Any, *, plan: _Plan) -> None:
+    *here, sums = scratch
+    r = _Refs._make((*operands, out, lse, *here))
     # The blocks that see most of a causal mask come first, so that short ones fill up the end.
     block = plan.q_blocks - 1 - jax.lax.axis_index("block")
     listed = (jax.lax.axis_index("row") if plan.own else 0), block
@@ -146,7 +141,7 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
     count = jnp.maximum(partly + opened, 1)
 
     def compute(warpgroup: Any) -> None:
-        machine = Machine(sums[0] if sums else None, warpgroup)
+        machine = Machine(sums, warpgroup)
         machine.scoped(
             lambda out: _compute(plan, r, machine, out, warpgroup, block, partly, count),
             out=(ROWS, plan.H),

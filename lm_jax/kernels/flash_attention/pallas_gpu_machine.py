@@ -6,6 +6,7 @@ reads registers. There sums are kept in shared memory and products are plain one
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,6 @@ from lm_jax.kernels.flash_attention.pallas_gpu_tiles import KV_LENGTH, PREFIX_LE
 Array = jax.Array
 # Of the 512 that a thread of each of the three warpgroups could have on average.
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
-THREADS = WARPGROUPS + 1
 _LOAD_TAKES_AN_INDEX = (
     "idx" in inspect.signature(plgpu.load).parameters
 )  # it must until jax 0.10, and may not from 0.12
@@ -34,7 +34,8 @@ def tiled(*shape: int, dtype: Any, width: int = 128) -> Any:
       width: the bytes of a line of it, 128 or 64; the matrix unit sums over multiples of so many bytes. The arrays of
         one product must have the same.
     """
-    transforms = (plgpu.TilingTransform((8, width // 2)), plgpu.SwizzleTransform(width))
+    numbers = width // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -78,6 +79,13 @@ class Machine:
         if self.sums is None:
             plgpu.wgmma_wait(0)
 
+    def add_to_global(self, there: Any, here: Any) -> None:
+        """Begins `there += here`, from shared memory, however many blocks do."""
+        if self.sums is None:
+            plgpu.copy_smem_to_gmem(here, there, reduction_op="add")
+        else:
+            there[...] = there[...] + here[...]
+
 
 def sums_for_interpreter(**shapes: tuple[int, int]) -> dict[str, Any]:
     """The scratch for `Machine.sums`."""
@@ -97,6 +105,54 @@ def roles(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
     def _() -> None:
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
         copy()
+
+
+def launch(
+    body: Callable[..., None],
+    operands: Any,
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
+    scratch: Any,
+    grid: tuple[int, int, int],
+    name: str,
+    *,
+    interpret: Any,
+    added: Array | None = None,
+) -> tuple[Array, ...]:
+    """Runs a kernel over `(head, block, row)` of a grid, in blocks of two warpgroups that compute and one that copies.
+
+    Args:
+      body: of a block, on references to `operands`, `added`, the results and the scratch, in that order.
+      operands: a tree of arrays.
+      out_type: of the results.
+      scratch: a tree of types; None in it is None for `body`.
+      interpret: what Pallas takes to run on any machine, slowly; None: for the chip.
+      added: to which all blocks add; None: there is no such array. `plgpu.kernel` has no operand that changes, so this
+        is built of its parts; it has no rule for `jax.vmap`.
+
+    Returns:
+      The results, and what became of `added`.
+    """
+    changing = [] if added is None else [jax.new_ref(added)]
+    mesh = plgpu.Mesh(
+        grid=grid,
+        grid_names=("head", "block", "row"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+    )
+
+    def block(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(body, *refs), scratch, collective_axes="warpgroup")
+
+    results = pl.kernel(
+        block,
+        out_type=out_type,
+        mesh=mesh,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        name=name,
+        **({} if interpret is None else {"interpret": interpret}),
+    )(operands, *changing)
+    return (*results, *(ref[...] for ref in changing))
 
 
 def rows_of(block: Any, warpgroup: Any) -> Any:

@@ -33,8 +33,10 @@ class GpuBlocks:
 
     Attributes:
       forward_kv, dq_kv: keys of a tile, forward and where gradients of queries are summed.
-      dkv_q: queries of a tile where gradients of keys and values are summed.
-      forward_stages, dq_stages, dkv_stages: how many tiles shared memory holds at once.
+      dkv_q: queries of a tile where gradients of keys and values alone are summed.
+      fused_q: queries of a tile where all gradients are: 8,192 numbers.
+      forward_stages, dq_stages, dkv_stages, fused_stages: how many tiles shared memory holds at once.
+      fused_one_loop: whether tiles and query heads are one loop, or two.
     """
 
     forward_kv: int
@@ -43,6 +45,9 @@ class GpuBlocks:
     dq_stages: int
     dkv_q: int
     dkv_stages: int
+    fused_q: int
+    fused_stages: int
+    fused_one_loop: bool
 
 
 class Parts(NamedTuple):
@@ -131,6 +136,17 @@ def work_of(call: Call, T: int, S: int, q_block: int, kv_block: int, *, for_keys
     kinds = tile_kinds(filled, T, S, q_block, kv_block)
     counts, tiles = live_tiles(kinds.swapaxes(1, 2) if for_keys else kinds)
     return Work(jnp.asarray(counts), jnp.asarray(tiles), jnp.stack(rows, 1), q_ids, k_ids)
+
+
+def marked(work: Work) -> Work:
+    """The same with partly open tiles as `-1 - tile`: a list that says itself where the mask is needed."""
+    partly = jnp.arange(work.tiles.shape[-1]) < work.counts[..., :1]
+    return work._replace(tiles=jnp.where(partly, -1 - work.tiles, work.tiles))
+
+
+def unmarked(tile: Any) -> Any:
+    """The number of a tile in a marked list."""
+    return jnp.where(tile < 0, -1 - tile, tile)
 
 
 def _ids(ids_BT: Array, length: int, padding: int) -> Array:

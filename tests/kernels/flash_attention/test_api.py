@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "float prefix": ({"mask": AttentionMask(prefix_length=jnp.ones(B))}, "mask.prefix_length is float32"),
     "name": (
         {"implementation": "flash"},
-        "implementation is 'flash': use one of reference, xla, pallas_tpu, pallas_gpu, cudnn",
+        "implementation is 'flash': use one of reference, xla, pallas_tpu, pallas_gpu, pallas_gpu_deterministic, cudnn",
     ),
     "a GPU's": ({"implementation": "cudnn"}, "implementation 'cudnn' cannot serve this call: it needs an NVIDIA GPU"),
     "a table on a TPU": (

@@ -27,7 +27,7 @@ from lm_jax.kernels.flash_attention import (
     pallas_gpu_tiles,
     reference,
 )
-from lm_jax.kernels.flash_attention.implementation import Call, with_gradient
+from lm_jax.kernels.flash_attention.implementation import Call, Implementation, with_gradient
 from lm_jax.kernels.flash_attention.pallas_gpu_tiles import LOG2E, LOWEST, GpuBlocks
 from lm_jax.sharding import MeshConfig, partition
 from tests.kernels.flash_attention.cases import MASKS, Shape
@@ -114,17 +114,27 @@ def test_it_is_used_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         *[pytest.param(name, H, marks=pytest.mark.slow) for name in SERVED for H in (64, 128)],
     ],
 )
-def test_value_and_gradient_lower_for_cuda(name: str, H: int) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "kernels"),
+    [
+        (pallas_gpu.IMPLEMENTATION, ("backward",)),
+        (pallas_gpu.DETERMINISTIC, ("backward_keys", "backward_queries")),
+    ],
+    ids=["one kernel", "two kernels"],
+)
+def test_value_and_gradient_lower_for_cuda(
+    name: str, H: int, implementation: Implementation, kernels: tuple[str, ...]
+) -> None:
     mask = MASKS[name](Shape(B=2, T=300, S=300))
     dtype = jnp.float16 if name == "prefix" else jnp.bfloat16
     call = a_call(mask, H, dtype, sinks_N=jnp.zeros(4) if name == "prefix" else None)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, lse = pallas_gpu.IMPLEMENTATION.attend(call._replace(q_BTNH=q, k_BSKH=k, v_BSKH=v))
+        out, lse = implementation.attend(call._replace(q_BTNH=q, k_BSKH=k, v_BSKH=v))
         return out.astype(jnp.float32).sum() + lse.sum()
 
     program = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["cuda"])(*call[:3])
-    for kernel in ("forward", "backward_keys", "backward_queries"):
+    for kernel in ("forward", *kernels):
         assert f"flash_attention_{kernel}" in program.mlir_module()
 
 
@@ -163,7 +173,7 @@ def test_it_lowers_on_meshes(layout: MeshConfig) -> None:
         length //= 2  # a part of the ring's is a chunk of two
     queries = f"tensor<{rows}x{length}x{8 // heads}x64xbf16>"
     kernels = [line for line in lowered.as_text().splitlines() if "mosaic_gpu" in line and "custom_call" in line]
-    assert len(kernels) >= 3 and any(queries in line for line in kernels), queries
+    assert len(kernels) >= 2 and any(queries in line for line in kernels), queries
 
 
 # --- the arithmetic, as the kernels call it ---------------------------------------------------------------------------
@@ -237,18 +247,25 @@ def test_the_softmax_and_its_gradient_in_tiles() -> None:
 
 
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="needs the interpreter of GPU kernels of jax 0.12")
-@pytest.mark.parametrize("name", ["causal", "segments", "decoding", "sinks"])
-def test_values_and_gradients_interpreted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(block_sizes, "gpu_blocks", lambda call: GpuBlocks(64, 2, 64, 2, 64, 2))
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one kernel", "two kernels"])
+@pytest.mark.parametrize(("name", "H"), [("causal", 128), ("segments", 64), ("decoding", 64), ("sinks", 64)])
+def test_values_and_gradients_interpreted(
+    monkeypatch: pytest.MonkeyPatch, name: str, H: int, deterministic: bool
+) -> None:
+    monkeypatch.setattr(
+        block_sizes,
+        "gpu_blocks",
+        lambda call: GpuBlocks(64, 2, 64, 2, 64, 2, 8192 // call.q_BTNH.shape[3], 2, name != "causal"),
+    )
     mask = MASKS["causal" if name == "sinks" else name](Shape(B=2, T=150, S=150))
     random = np.random.default_rng(0)
-    q, k, v, g = (jnp.asarray(random.standard_normal((2, 150, n, 64)), jnp.bfloat16) for n in (2, 1, 1, 2))
+    q, k, v, g = (jnp.asarray(random.standard_normal((2, 150, n, H)), jnp.bfloat16) for n in (2, 1, 1, 2))
     sinks = jnp.asarray([0.5, -1.0]) if name == "sinks" else None
     call = Call(q, k, v, mask, 0.125, sinks_N=sinks)
     params = plgpu.InterpretGPUParams()
     ours = with_gradient(
         functools.partial(pallas_gpu.forward, interpret=params),
-        functools.partial(pallas_gpu.backward, interpret=params),
+        functools.partial(pallas_gpu.backward, deterministic=deterministic, interpret=params),
     )
 
     def run(attend: Any, dtype: Any) -> list[np.ndarray]:
@@ -271,4 +288,7 @@ def test_every_row_of_the_table_fits_shared_memory() -> None:
         assert b.forward_kv % 64 == b.dq_kv % 64 == b.dkv_q % 32 == 0, "lines of 128 bytes, or of 64"
         ring = max(b.forward_stages * b.forward_kv - 64, b.dq_stages * b.dq_kv, b.dkv_stages * b.dkv_q)
         assert (256 + 2 * ring) * H * 2 <= 220 * 1024
+        assert b.fused_q * H == 8192
+        fused = (256 + 2 * b.fused_stages * b.fused_q) * H * 2 + b.fused_stages * b.fused_q * (128 * 2 + 2 * 4)
+        assert fused + 2 * 64 * 64 * 4 <= 220 * 1024
         assert r.measured
