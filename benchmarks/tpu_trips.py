@@ -70,17 +70,13 @@ def of_backward(mask: AttentionMask, blocks: Any, T: int, N: int, K: int) -> Tri
     loops = [
         ("start keys", pieces(b.kv), per_keys),
         ("start queries", pieces(b.q), per_queries),
-        (
-            "start ids",
-            pieces(b.q),
-            (K if plan.q_steps == 1 else N * plan.q_steps) * plan.kv_steps if plan.parts.segments else 0,
-        ),
+        *([("start ids", pieces(b.q), per_keys if plan.q_steps == 1 else per_queries)] if plan.parts.segments else []),
         ("single", 0, N * int((parts % b.steps).sum())),
         ("masked", 0, N * int((parts // b.steps).sum())),
         ("open", 0, N * int((chunks // b.steps).sum())),
         ("finish queries", pieces(b.q), per_queries),
         ("finish keys", pieces(b.kv), per_keys),
     ]
-    kept = [(name, times * max(n, 1)) for name, n, times in loops if n != 1 and (times or name != "start ids")]
+    kept = [(name, times * max(n, 1)) for name, n, times in loops if n != 1]
     area = {"open": b.q_chunk * b.kv_chunk, "masked": plan.q_part * plan.kv_part}
     return Trips(kept, per_queries, {name: (name, b.steps * a / 2**20) for name, a in area.items()})

@@ -308,8 +308,7 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
         _in_pieces(kv, lambda at: _start_keys(plan, r, at))
 
     _in_pieces(q, lambda at: _start_queries(plan, r, at))
-    if plan.parts.segments:
-        # All heads have the same ids, and the next one finds them in columns where a block is the whole length.
+    if plan.parts.segments:  # the next head finds them where a block is the whole length
         pl.when((head == 0) | (plan.q_steps > 1))(lambda: _in_pieces(q, lambda at: _start_ids(r, at)))
     if plan.slopes:
         r.d_slope[...] = jnp.zeros_like(r.d_slope)
@@ -473,13 +472,11 @@ def _firsts(plan: _Plan, r: _Refs, todo: _List, i: Any, j: Any) -> tuple[Any, An
 def _masked(plan: _Plan, r: _Refs, todo: _List, scores_qk: Array, i: Any, j: Any) -> Array:
     """`-inf` where a query does not see a key; by pieces of 128 keys, which share all that depends on the query alone.
 
-    Where the mask goes by distance, keys are counted from their query: that is a constant, and the bounds are scalars.
+    Where there is no table, keys are counted from their query: that is a constant, and the bounds are scalars.
     """
     q, k = todo.q, todo.k
     q_first, k_first = _firsts(plan, r, todo, i, j)
-    parts = plan.parts
-    if plan.band is not None:
-        parts = parts._replace(causal=False, window=None)
+    parts = plan.parts if plan.band is None else plan.parts._replace(causal=False, window=None)
     start = masks.columns(q) if parts.causal or parts.window is not None else 0
     prefix, length = (r.scalars[pl.program_id(0), x] - k_first for x in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
     if plan.parts.prefix or plan.parts.length:

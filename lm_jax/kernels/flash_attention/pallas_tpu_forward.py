@@ -36,10 +36,11 @@ _PART = 256  # the side of the squares that partly open chunks are cut into
 # Chunks, or parts, in the bodies of the loops: a body fills and drains the matrix unit once, some 220 bundles (v6e,
 # head dim 128, a tile of 1024 x 1024: 1,836 bundles in bodies of 8 chunks, 1,784 in bodies of 16).
 _STEPS, _FEW_STEPS, _FEW_PARTS = 16, 4, 8
-# Scores are computed so far ahead of their softmax that they fill all slots. A part is too short to hide its own
-# latency behind one other (v6e, causal and window: 16 parts take 2,970 bundles two ahead and 2,470 three ahead).
+# The scores of a chunk are computed one ahead of its softmax. A part is too short to hide its latency behind one other
+# (v6e, causal and window: 16 parts take 2,836 bundles two ahead, 2,343 three, 2,044 four, 1,983 six; but every head fills
+# what is ahead anew). Slots divide the chunks in a body.
 _CHUNK_SLOTS, _PART_SLOTS, _PARTS_AHEAD = 2, 8, 4
-_PIECE = 4096  # queries whose state is set, or whose result is written, at once
+_PIECE = 4096  # queries whose result is written at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +107,11 @@ class _Refs(NamedTuple):
     q: Any
     k: Any
     v: Any
-    ids: tuple[Any, ...]  # rows of them, or `id_bits`, or nothing
+    ids: tuple[Any, ...]
     band: Any  # its table, or None
     out: Any
     lse: Any
-    # The state of the block's queries, and of a chunk of no queries behind them, see `_pipelined`.
+    # The state of the block's queries, and of a chunk of no queries behind them, see `_next`.
     highest: Any  # [1, queries]: the maximum so far, as far as scores are computed
     sums: Any  # [8, queries]: of the probabilities, where lanes add them up
     total: Any  # [H (+ sums), queries]: of probabilities times values
@@ -374,6 +375,7 @@ def _scores(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> Array:
 
 
 def _move_maximum(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int, maximum_1q: Array) -> None:
+    """The maximum that is taken from the scores in a slot; softmaxes must follow in the order of these calls."""
     q_at = _chunk(masks.unpack(work)[0], todo.q)
     before = r.highest[:, q_at]
     highest = jnp.maximum(before, maximum_1q)
