@@ -37,8 +37,8 @@ _PART = 256  # the side of the squares that partly open chunks are cut into
 # head dim 128, a tile of 1024 x 1024: 1,836 bundles in bodies of 8 chunks, 1,784 in bodies of 16).
 _STEPS, _FEW_STEPS, _FEW_PARTS = 16, 4, 8
 # The scores of a chunk are computed one ahead of its softmax. A part is too short to hide its latency behind one other
-# (v6e, causal and window: 16 parts take 2,836 bundles two ahead, 2,343 three, 2,044 four, 1,983 six; but every head fills
-# what is ahead anew). Slots divide the chunks in a body.
+# (v6e, causal and window: 16 parts take 2,836 bundles two ahead, 2,343 three, 2,044 four, 1,983 six; but every head
+# fills what is ahead anew). Slots divide the chunks in a body.
 _CHUNK_SLOTS, _PART_SLOTS, _PARTS_AHEAD = 2, 8, 4
 _PIECE = 4096  # queries whose result is written at once
 
@@ -286,15 +286,15 @@ def _in_pieces(plan: _Plan, do: Callable[[Any], None]) -> None:
 
 def _start(plan: _Plan, r: _Refs) -> None:
     r.k_at[...] = masks.columns(r.k_at.shape[0])
-    at, H = pl.ds(0, plan.blocks.q), r.q.shape[1]
+    n, H = plan.blocks.q, r.q.shape[1]
     lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
-    r.highest[:, at] = jnp.full((1, at.size), lowest, jnp.float32)
-    r.total[:H, at] = jnp.zeros((H, at.size), jnp.float32)
+    r.highest[:, :n] = jnp.full((1, n), lowest, jnp.float32)
+    r.total[:H, :n] = jnp.zeros((H, n), jnp.float32)
     one = 1.0 if plan.sinks else 0.0
     if plan.blocks.sums_on_mxu:
-        r.total[H:, at] = jnp.full((8, at.size), one, jnp.float32)
+        r.total[H:, :n] = jnp.full((8, n), one, jnp.float32)
     else:
-        r.sums[:, at] = jnp.full((8, at.size), one / 8, jnp.float32)
+        r.sums[:, :n] = jnp.full((8, n), one / 8, jnp.float32)
 
 
 def _work(plan: _Plan, r: _Refs) -> None:

@@ -81,13 +81,15 @@ class Band(NamedTuple):
 
     @property
     def _left_out(self) -> int:
-        return 0 if None in self[:2] else max(0, self.last - (self._inside + self.rows - 1))
+        if self.first is None or self.last is None:
+            return 0
+        return max(0, self.last - (self._inside + self.rows - 1))
 
     @property
     def _ends(self) -> tuple[int, int]:
         """The lowest and the highest offset in the table; chunks beyond them look as those do."""
         if self.last is None:
-            return self.first - self.rows, self._inside
+            return self._inside - LANES + 1 - self.rows, self._inside
         last = self.last - self._left_out
         return (last - self.rows + 1 if self.first is None else self.first - self.rows), last + LANES
 
