@@ -267,11 +267,12 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
     band = [] if plan.band is not None else [None]
     r = _Refs._make([*refs[:7], refs[7 : 7 + ids], *band, *refs[7 + ids :]])
     kv_step = pl.program_id(3)
-    if plan.kv_steps == 1:
-        _start(plan, r)  # not under a condition: its stores then stand beside the first scores
+    if plan.kv_steps == 1:  # no condition: the stores of the start then stand beside the first scores
+        _start(plan, r)
+        _work(plan, r)
     else:
         pl.when(kv_step == 0)(lambda: _start(plan, r))
-    _work(plan, r)
+        pl.when(r.work[0, 0] + r.work[0, 1] > 0)(lambda: _work(plan, r))
 
     @pl.when(kv_step == plan.kv_steps - 1)
     def _() -> None:
@@ -300,8 +301,7 @@ def _start(plan: _Plan, r: _Refs) -> None:
 def _work(plan: _Plan, r: _Refs) -> None:
     """All chunks of the lists.
 
-    What fills the pipelines of both lists comes first, and under no condition: it waits for the matrix unit, and the
-    stores of `_start` fill the time.
+    What fills the pipelines of both lists comes first and together: it waits for the matrix unit.
     """
     blocks = plan.blocks
     parts_in_block = (blocks.q // plan.q_part) * (blocks.kv // plan.kv_part)
