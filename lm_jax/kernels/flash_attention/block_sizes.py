@@ -46,7 +46,7 @@ def _backward(q: int, kv: int, chunk: int, steps: int, transpose_ahead: bool) ->
 
 
 # Counted: `python -m benchmarks.tpu_cycles` with libtpu 0.0.51 under jax 0.10.2; bundles (v5: or cycles of the matrix
-# unit, where they are more) for an open tile of 1024 x 1024 scores, forward and backward; in thousands the whole kernel of
+# unit, where they are more) for an open tile of 1024 x 1024 scores, forward and backward; in thousands the kernel of
 # a causal row of 8,192 positions, 8 heads on 2. None was timed on a chip yet.
 TABLE = (
     Row(
