@@ -84,16 +84,23 @@ def tune(args: argparse.Namespace) -> None:
         raise SystemExit(f"--tune needs a TPU, or --chip={'|'.join(KINDS)} to count the compiler's bundles for one")
     kind = jax.devices()[0].device_kind if args.chip is None else KINDS[args.chip]
     tuned = row(kind, args.head_dim, args.dtype)
+    work = [(what, changes) for what in ("forward", "backward") for changes in candidates(what)]
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {"forward": [], "backward": []}
+    start = time.perf_counter()
+    for n, (what, changes) in enumerate(work, 1):
+        try:
+            found[what].append((cost(args, what, changes), changes))
+            outcome = f"{found[what][-1][0]:.4g}"
+        except (SystemExit, jax.errors.JaxRuntimeError) as problem:
+            outcome = f"left out ({str(problem).strip().splitlines()[-1][:120]})"
+        left = (time.perf_counter() - start) / n * (len(work) - n)
+        print(f"{n} of {len(work)}, {left / 60:.0f} min left: {what} {changes}: {outcome}", flush=True)
     best = {}
     for what, now in (("forward", tuned.forward), ("backward", tuned.backward)):
-        found = []
-        for changes in candidates(what):
-            try:
-                found.append((cost(args, what, changes), changes))
-            except (SystemExit, jax.errors.JaxRuntimeError) as problem:
-                print(f"{what} {changes}: left out ({str(problem).strip().splitlines()[-1][:120]})")
-                continue
-            print(f"{what} {changes}: {found[-1][0]:.4g}", flush=True)
-        best[what] = dataclasses.replace(now, **min(found, key=lambda f: f[0])[1])
-    how = "seconds on the chip" if args.chip is None else "benchmarks.tpu_cycles"
-    print(f"Row({kind!r}, {args.head_dim}, {args.dtype!r}, {best['forward']}, {best['backward']}, {how!r}),")
+        if not found[what]:
+            raise SystemExit(f"no candidate for {what} could be measured: no row")
+        best[what] = min(found[what], key=lambda f: f[0]), now
+    numbers = " and ".join(f"{lowest:.4g}" for (lowest, _), _ in best.values())
+    how = f"{numbers} {'seconds' if args.chip is None else 'cycles counted'}, causal, {LENGTH} positions, 8 heads on 2"
+    forward, backward = (dataclasses.replace(now, **changes) for (_, changes), now in best.values())
+    print(f"Row({kind!r}, {args.head_dim}, {args.dtype!r}, {forward}, {backward}, {how!r}),")

@@ -41,12 +41,13 @@ def of_forward(mask: AttentionMask, blocks: Any, T: int, N: int, K: int) -> Trip
     parts, chunks = work[..., 0], work[..., 1]
     pieces = b.q // int(np.gcd(b.q, kernel._PIECE))
     starts = N * plan.q_steps * pieces
-    loops = [("start", starts)] if pieces > 1 else []
+    loops = []
     area = {"masked": plan.q_part * plan.kv_part, "open": b.q_chunk * b.kv_chunk}
     for (name, size), n in zip(area.items(), (parts, chunks), strict=True):
         if b.q * b.kv // size >= kernel._STEPS:
             loops.append((name, N * int((n // kernel._STEPS).sum())))
-        loops.append((f"few {name}", N * int((-(-(n % kernel._STEPS) // kernel._FEW_STEPS)).sum())))
+        few = kernel._FEW_PARTS if name == "masked" else kernel._FEW_STEPS
+        loops.append((f"few {name}", N * int((-(-(n % kernel._STEPS) // few)).sum())))
     if pieces > 1:
         loops.append(("finish", starts))
     return Trips(loops, N * parts.size, {name: (name, kernel._STEPS * size / 2**20) for name, size in area.items()})
@@ -69,6 +70,7 @@ def of_backward(mask: AttentionMask, blocks: Any, T: int, N: int, K: int) -> Tri
     loops = [
         ("start keys", pieces(b.kv), per_keys),
         ("start queries", pieces(b.q), per_queries),
+        *([("start ids", pieces(b.q), per_keys if plan.q_steps == 1 else per_queries)] if plan.parts.segments else []),
         ("single", 0, N * int((parts % b.steps).sum())),
         ("masked", 0, N * int((parts // b.steps).sum())),
         ("open", 0, N * int((chunks // b.steps).sum())),

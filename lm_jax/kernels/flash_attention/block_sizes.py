@@ -41,27 +41,81 @@ def _forward(block: int, chunk: int, sums_on_mxu: bool) -> ForwardBlocks:
     return ForwardBlocks(block, block, chunk, chunk, sums_on_mxu)
 
 
-def _backward(block: int, chunk: int, steps: int, transpose_ahead: bool) -> BackwardBlocks:
-    return BackwardBlocks(block, block, chunk, chunk, 256, steps, transpose_ahead)
+def _backward(q: int, kv: int, chunk: int, steps: int, transpose_ahead: bool) -> BackwardBlocks:
+    return BackwardBlocks(q, kv, chunk, chunk, 256, steps, transpose_ahead)
 
 
 # Counted: `python -m benchmarks.tpu_cycles` with libtpu 0.0.51 under jax 0.10.2; bundles (v5: or cycles of the matrix
-# unit, where they are more) for an open tile of 1024 x 1024 scores, forward and backward. None was timed on a chip yet.
+# unit, where they are more) for an open tile of 1024 x 1024 scores, forward and backward; in thousands the kernel of
+# a causal row of 8,192 positions, 8 heads on 2. None was timed on a chip yet.
 TABLE = (
-    Row("TPU v6 lite", 128, "bfloat16", _forward(8192, 512, True), _backward(8192, 512, 8, False), "1782 and 3929"),
-    Row("TPU v5 lite", 128, "bfloat16", _forward(8192, 512, False), _backward(8192, 512, 8, True), "4096 and 10240"),
-    # Half the fast memory, and otherwise as their relatives above.
-    Row("TPU v5", 128, "bfloat16", _forward(4096, 512, False), _backward(4096, 512, 8, True), "not counted"),
-    Row("TPU7x", 128, "bfloat16", _forward(4096, 512, True), _backward(4096, 512, 8, False), "not counted"),
-    Row("TPU v6 lite", 256, "bfloat16", _forward(4096, 512, True), _backward(4096, 512, 8, False), "it fits"),
-    Row("TPU v5 lite", 256, "bfloat16", _forward(4096, 512, False), _backward(4096, 512, 8, True), "it fits"),
-    Row("TPU v5", 256, "bfloat16", _forward(2048, 512, False), _backward(2048, 512, 8, True), "it fits"),
-    Row("TPU7x", 256, "bfloat16", _forward(2048, 512, True), _backward(2048, 512, 8, False), "it fits"),
+    Row(
+        "TPU v6 lite", 128, "bfloat16", _forward(8192, 512, True), _backward(8192, 8192, 512, 8, False), "1782 and 3929"
+    ),
+    Row(
+        "TPU v5 lite",
+        128,
+        "bfloat16",
+        _forward(8192, 512, False),
+        _backward(8192, 8192, 512, 8, True),
+        "4096 and 10240",
+    ),
+    # Half the fast memory: backward, blocks of 8192 x 8192 and segment ids take 63 MiB of its 64. With blocks of 4096
+    # 1183k and 2922k (v5p), 538k and 1095k (TPU7x): a start more, and gradients of queries in parts.
+    Row(
+        "TPU v5",
+        128,
+        "bfloat16",
+        _forward(8192, 512, False),
+        _backward(4096, 8192, 512, 8, True),
+        "4096 and 10240; 1122k and 2813k",
+    ),
+    Row(
+        "TPU7x",
+        128,
+        "bfloat16",
+        _forward(8192, 512, True),
+        _backward(4096, 8192, 512, 8, False),
+        "1749 and 3566; 492k and 1037k",
+    ),
+    # With blocks of 4096 700k and 1593k (v6e), 2325k and 5770k (v5e).
+    Row(
+        "TPU v6 lite",
+        256,
+        "bfloat16",
+        _forward(8192, 512, True),
+        _backward(4096, 8192, 512, 8, False),
+        "2257 and 5248; 639k and 1507k",
+    ),
+    Row(
+        "TPU v5 lite",
+        256,
+        "bfloat16",
+        _forward(8192, 512, False),
+        _backward(4096, 8192, 512, 8, True),
+        "8192 and 20480; 2220k and 5593k",
+    ),
+    Row("TPU v5", 256, "bfloat16", _forward(2048, 512, False), _backward(2048, 2048, 512, 8, True), "it fits"),
+    Row("TPU7x", 256, "bfloat16", _forward(2048, 512, True), _backward(2048, 2048, 512, 8, False), "it fits"),
     # In float32 a product is six passes, and long bodies take minutes to compile (512 x 8: 219 s).
-    Row("TPU v6 lite", 256, "float32", _forward(2048, 256, True), _backward(2048, 256, 2, False), "time to compile"),
-    Row("TPU v5 lite", 256, "float32", _forward(2048, 256, False), _backward(2048, 256, 2, True), "time to compile"),
-    Row("TPU v5", 256, "float32", _forward(1024, 256, False), _backward(1024, 256, 2, True), "time to compile"),
-    Row("TPU7x", 256, "float32", _forward(1024, 256, True), _backward(1024, 256, 2, False), "time to compile"),
+    Row(
+        "TPU v6 lite",
+        256,
+        "float32",
+        _forward(2048, 256, True),
+        _backward(2048, 2048, 256, 2, False),
+        "time to compile",
+    ),
+    Row(
+        "TPU v5 lite",
+        256,
+        "float32",
+        _forward(2048, 256, False),
+        _backward(2048, 2048, 256, 2, True),
+        "time to compile",
+    ),
+    Row("TPU v5", 256, "float32", _forward(1024, 256, False), _backward(1024, 1024, 256, 2, True), "time to compile"),
+    Row("TPU7x", 256, "float32", _forward(1024, 256, True), _backward(1024, 1024, 256, 2, False), "time to compile"),
     # Interpreted, for tests: so small that short rows have chunks and blocks of every kind.
     Row(
         "cpu",

@@ -61,6 +61,7 @@ class _Plan(NamedTuple):
     """What the kernel knows when it is traced."""
 
     parts: masks.Parts
+    band: masks.Band | None
     group: int
     blocks: BackwardBlocks
     q_part: int
@@ -98,6 +99,7 @@ class _Refs(NamedTuple):
     k: Any  # [keys, H]
     v: Any
     ids: tuple[Any, ...]  # [1, queries] and [1, keys], or nothing
+    band: Any  # its table, or None
     dq: Any
     dk: Any
     dv: Any
@@ -174,6 +176,7 @@ def _call_kernel(
     chunks, parts = (blocks.q_chunk, blocks.kv_chunk), (plan.q_part, plan.kv_part)
     work = jnp.asarray(two_lists(call.mask, T, S, chunks, parts, per, blocks.steps))
     ids = masks.segment_rows(call.mask, plan.q_steps * blocks.q, plan.kv_steps * blocks.kv)
+    band = () if plan.band is None else (plan.band.table(),)
     slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
     partial = jnp.float32 if plan.kv_steps > 1 else plan.dtype
     shapes = [
@@ -188,7 +191,7 @@ def _call_kernel(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K, plan.kv_steps, plan.group, plan.q_steps),
-            in_specs=_in_specs(plan, H, work.shape),
+            in_specs=_in_specs(plan, H, work.shape, band),
             out_specs=_out_specs(plan, H),
             scratch_shapes=_scratch(plan, H),
         ),
@@ -199,7 +202,7 @@ def _call_kernel(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="flash_attention_backward",
-    )(masks.scalars_B3(call.mask, B, S), slopes.astype(jnp.float32), work, q, d_out, lse, delta, k, v, *ids)
+    )(masks.scalars_B3(call.mask, B, S), slopes.astype(jnp.float32), work, q, d_out, lse, delta, k, v, *ids, *band)
 
 
 def _plan(call: Call, blocks: BackwardBlocks) -> _Plan:
@@ -207,11 +210,13 @@ def _plan(call: Call, blocks: BackwardBlocks) -> _Plan:
     q_chunk, kv_chunk = min(blocks.q_chunk, _up(T, LANES)), min(blocks.kv_chunk, _up(S, LANES))
     q, kv = _share(T, blocks.q, q_chunk), _share(S, blocks.kv, kv_chunk)
     narrow = all(a.dtype == jnp.bfloat16 for a in (call.q_BTNH, call.k_BSKH, call.v_BSKH))
+    parts, q_part = masks.parts_of(call.mask, padded=S % kv_chunk != 0), math.gcd(q_chunk, blocks.part)
     return _Plan(
-        parts=masks.parts_of(call.mask, padded=S % kv_chunk != 0),
+        parts=parts,
+        band=masks.band_of(parts, q_part, keys_down=False),
         group=call.group,
         blocks=dataclasses.replace(blocks, q=q, kv=kv, q_chunk=q_chunk, kv_chunk=kv_chunk),
-        q_part=math.gcd(q_chunk, blocks.part),
+        q_part=q_part,
         kv_part=math.gcd(kv_chunk, blocks.part),
         q_steps=pl.cdiv(T, q),
         kv_steps=pl.cdiv(S, kv),
@@ -243,7 +248,7 @@ def _shape(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...]) -> list[pl.BlockSpec]:
+def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...], band: tuple[Array, ...]) -> list[pl.BlockSpec]:
     blocks, group = plan.blocks, plan.group
     own = work_shape[0] > 1  # each row of the batch has a list
     queries = pl.BlockSpec((None, None, blocks.q, H), lambda b, h, j, g, i, *_: (b, h * group + g, i, 0))
@@ -260,7 +265,7 @@ def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...]) -> list[pl.Block
             pl.BlockSpec((None, 1, blocks.q), lambda b, h, j, g, i, *_: (b, 0, i)),
             pl.BlockSpec((None, 1, blocks.kv), lambda b, h, j, g, i, *_: (b, 0, j)),
         ]
-    return specs
+    return [*specs, *(pl.BlockSpec(table.shape, lambda *_: (0, 0)) for table in band)]
 
 
 def _out_specs(plan: _Plan, H: int) -> list[pl.BlockSpec]:
@@ -303,6 +308,8 @@ def _kernel(*refs: Any, plan: _Plan) -> None:
         _in_pieces(kv, lambda at: _start_keys(plan, r, at))
 
     _in_pieces(q, lambda at: _start_queries(plan, r, at))
+    if plan.parts.segments:  # the next head finds them where a block is the whole length
+        pl.when((head == 0) | (plan.q_steps > 1))(lambda: _in_pieces(q, lambda at: _start_ids(r, at)))
     if plan.slopes:
         r.d_slope[...] = jnp.zeros_like(r.d_slope)
 
@@ -321,10 +328,10 @@ def _named(plan: _Plan, refs: tuple[Any, ...]) -> _Refs:
         return [next(rest) if given else None for _ in range(n)]
 
     head, segments = take(9), plan.parts.segments
-    ids = tuple(take(2)) if segments else ()
+    ids, band = tuple(take(2)) if segments else (), take(1, plan.band is not None)
     outputs = [*take(3), *take(1, plan.slopes)]
     scratch = [*take(9), *take(1, segments), *take(2, plan.blocks.transpose_ahead)]
-    return _Refs._make([*head, ids, *outputs, *scratch])
+    return _Refs._make([*head, ids, *band, *outputs, *scratch])
 
 
 def _in_pieces(length: int, do: Callable[[Any], None]) -> None:
@@ -339,8 +346,8 @@ def _start_keys(plan: _Plan, r: _Refs, at: Any) -> None:
 
 
 def _finish_keys(plan: _Plan, r: _Refs, at: Any) -> None:
-    r.dk[at] = jnp.transpose(r.dkT[:, at] * plan.key_factor).astype(r.dk.dtype)
-    r.dv[at] = jnp.transpose(r.dvT[:, at]).astype(r.dv.dtype)
+    r.dk[at] = jnp.transpose((r.dkT[:, at] * plan.key_factor).astype(r.dk.dtype))
+    r.dv[at] = jnp.transpose(r.dvT[:, at].astype(r.dv.dtype))
 
 
 def _start_queries(plan: _Plan, r: _Refs, at: Any) -> None:
@@ -349,12 +356,14 @@ def _start_queries(plan: _Plan, r: _Refs, at: Any) -> None:
     r.delta_columns[at] = masks.row_as_columns(r.delta[:, at])
     if plan.blocks.transpose_ahead:
         r.qT[:, at], r.d_outT[:, at] = jnp.transpose(r.q[at]), jnp.transpose(r.d_out[at])
-    if plan.parts.segments:
-        r.id_columns[at] = masks.row_as_columns(r.ids[0][:, at])
+
+
+def _start_ids(r: _Refs, at: Any) -> None:
+    r.id_columns[at] = masks.row_as_columns(r.ids[0][:, at])
 
 
 def _finish_queries(plan: _Plan, r: _Refs, at: Any) -> None:
-    r.dq[at] = jnp.transpose(r.dqT[:, at] * plan.scale).astype(r.dq.dtype)
+    r.dq[at] = jnp.transpose((r.dqT[:, at] * plan.scale).astype(r.dq.dtype))
 
 
 def _work(plan: _Plan, r: _Refs) -> None:
@@ -463,15 +472,16 @@ def _firsts(plan: _Plan, r: _Refs, todo: _List, i: Any, j: Any) -> tuple[Any, An
 def _masked(plan: _Plan, r: _Refs, todo: _List, scores_qk: Array, i: Any, j: Any) -> Array:
     """`-inf` where a query does not see a key; by pieces of 128 keys, which share all that depends on the query alone.
 
-    Where the mask goes by distance, keys are counted from their query: that is a constant, and the bounds are scalars.
+    Where there is no table, keys are counted from their query: that is a constant, and the bounds are scalars.
     """
     q, k = todo.q, todo.k
     q_first, k_first = _firsts(plan, r, todo, i, j)
-    start = masks.columns(q) if plan.parts.causal or plan.parts.window is not None else 0
+    parts = plan.parts if plan.band is None else plan.parts._replace(causal=False, window=None)
+    start = masks.columns(q) if parts.causal or parts.window is not None else 0
     prefix, length = (r.scalars[pl.program_id(0), x] - k_first for x in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
     if plan.parts.prefix or plan.parts.length:
         prefix, length = prefix - start, length - start
-    ends = masks.bounds(plan.parts, prefix, length, q_first - k_first)
+    ends = masks.bounds(parts, prefix, length, q_first - k_first)
     pieces = []
     for x in range(0, k, LANES):
         k_at = x + masks.row(LANES)
@@ -483,5 +493,7 @@ def _masked(plan: _Plan, r: _Refs, todo: _List, scores_qk: Array, i: Any, j: Any
             pattern = masks.pattern_sees(plan.parts.pattern, q_first + masks.columns(q), k_first + k_at)
         see = masks.visible(ends, pattern, k_at - start, ids)
         scores = scores_qk[:, x : x + LANES]
+        if plan.band is not None:
+            scores = jnp.minimum(scores, r.band[pl.ds(plan.band.at(q_first - k_first - x), q)])
         pieces.append(scores if see is None else jnp.where(see, scores, -jnp.inf))
     return jnp.concatenate(pieces, axis=1)

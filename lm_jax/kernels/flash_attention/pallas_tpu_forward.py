@@ -35,11 +35,12 @@ _LOWEST = -1e38  # where the maximum starts: finite, so that `-inf` less it is `
 _PART = 256  # the side of the squares that partly open chunks are cut into
 # Chunks, or parts, in the bodies of the loops: a body fills and drains the matrix unit once, some 220 bundles (v6e,
 # head dim 128, a tile of 1024 x 1024: 1,836 bundles in bodies of 8 chunks, 1,784 in bodies of 16).
-_STEPS, _FEW_STEPS = 16, 4
-# Scores are computed so far ahead of their softmax that they fill all slots. A part is too short to hide its own
-# latency behind one other (v6e, causal and window: 16 parts take 2,970 bundles two ahead and 2,470 three ahead).
-_CHUNK_SLOTS, _PART_SLOTS = 2, 4
-_PIECE = 4096  # queries whose state is set, or whose result is written, at once
+_STEPS, _FEW_STEPS, _FEW_PARTS = 16, 4, 8
+# The scores of a chunk are computed one ahead of its softmax. A part is too short to hide its latency behind one other
+# (v6e, causal and window: 16 parts take 2,836 bundles two ahead, 2,343 three, 2,044 four, 1,983 six; but every head
+# fills what is ahead anew). Slots divide the chunks in a body.
+_CHUNK_SLOTS, _PART_SLOTS, _PARTS_AHEAD = 2, 8, 4
+_PIECE = 4096  # queries whose result is written at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class _Plan(NamedTuple):
     """What the kernel knows when it is traced."""
 
     parts: masks.Parts
+    band: masks.Band | None
     group: int
     q_part: int
     kv_part: int
@@ -106,9 +108,10 @@ class _Refs(NamedTuple):
     k: Any
     v: Any
     ids: tuple[Any, ...]
+    band: Any  # its table, or None
     out: Any
     lse: Any
-    # The state of the block's queries, and of a chunk of no queries behind them, see `_pipelined`.
+    # The state of the block's queries, and of a chunk of no queries behind them, see `_next`.
     highest: Any  # [1, queries]: the maximum so far, as far as scores are computed
     sums: Any  # [8, queries]: of the probabilities, where lanes add them up
     total: Any  # [H (+ sums), queries]: of probabilities times values
@@ -144,6 +147,7 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
     per = blocks.q // blocks.q_chunk, blocks.kv // blocks.kv_chunk
     work = jnp.asarray(two_lists(call.mask, T, S, chunks, parts, per, _FEW_STEPS))
     ids = masks.segment_rows(call.mask, plan.q_steps * blocks.q, plan.kv_steps * blocks.kv)
+    band = () if plan.band is None else (plan.band.table(),)
     slopes = call.position_bias.slopes_N if isinstance(call.position_bias, Slopes) else jnp.zeros((1,))
     sinks = jnp.zeros((1,)) if call.sinks_N is None else call.sinks_N
     out, lse = pl.pallas_call(
@@ -151,7 +155,7 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, N, plan.q_steps, plan.kv_steps),
-            in_specs=_in_specs(plan, H, work.shape),
+            in_specs=_in_specs(plan, H, work.shape, band),
             out_specs=[
                 pl.BlockSpec((None, None, blocks.q, H), lambda b, n, i, j, *_: (b, n, i, 0)),
                 pl.BlockSpec((None, None, 1, blocks.q), lambda b, n, i, j, *_: (b, n, 0, i)),
@@ -165,7 +169,17 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="flash_attention_forward",
-    )(masks.scalars_B3(call.mask, B, S), slopes.astype(jnp.float32), sinks.astype(jnp.float32), work, q, k, v, *ids)
+    )(
+        masks.scalars_B3(call.mask, B, S),
+        slopes.astype(jnp.float32),
+        sinks.astype(jnp.float32),
+        work,
+        q,
+        k,
+        v,
+        *ids,
+        *band,
+    )
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse[:, :, 0], 1, 2)
 
 
@@ -174,7 +188,7 @@ def _fit(blocks: ForwardBlocks, T: int, S: int) -> ForwardBlocks:
     q_chunk, kv_chunk = min(blocks.q_chunk, _up(T, LANES)), min(blocks.kv_chunk, _up(S, LANES))
     q = _up(pl.cdiv(T, pl.cdiv(T, max(blocks.q, q_chunk))), q_chunk)
     kv = _up(pl.cdiv(S, pl.cdiv(S, max(blocks.kv, kv_chunk))), kv_chunk)
-    return ForwardBlocks(q, kv, q_chunk, kv_chunk, blocks.sums_on_mxu)
+    return dataclasses.replace(blocks, q=q, kv=kv, q_chunk=q_chunk, kv_chunk=kv_chunk)
 
 
 def _up(n: int, multiple: int) -> int:
@@ -184,11 +198,14 @@ def _up(n: int, multiple: int) -> int:
 def _plan(call: Call, blocks: ForwardBlocks) -> _Plan:
     T, S = call.q_BTNH.shape[1], call.k_BSKH.shape[1]
     narrow = all(a.dtype == jnp.bfloat16 for a in (call.q_BTNH, call.k_BSKH, call.v_BSKH))
+    parts = masks.parts_of(call.mask, padded=S % blocks.kv_chunk != 0)
+    kv_part = math.gcd(blocks.kv_chunk, _PART)
     return _Plan(
-        parts=masks.parts_of(call.mask, padded=S % blocks.kv_chunk != 0),
+        parts=parts,
+        band=masks.band_of(parts, kv_part, keys_down=True),
         group=call.group,
         q_part=math.gcd(blocks.q_chunk, _PART),
-        kv_part=math.gcd(blocks.kv_chunk, _PART),
+        kv_part=kv_part,
         q_steps=pl.cdiv(T, blocks.q),
         kv_steps=pl.cdiv(S, blocks.kv),
         blocks=blocks,
@@ -200,7 +217,7 @@ def _plan(call: Call, blocks: ForwardBlocks) -> _Plan:
     )
 
 
-def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...]) -> list[pl.BlockSpec]:
+def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...], band: tuple[Array, ...]) -> list[pl.BlockSpec]:
     blocks, group = plan.blocks, plan.group
     own = work_shape[0] > 1  # each row of the batch has a list
     specs = [
@@ -218,7 +235,7 @@ def _in_specs(plan: _Plan, H: int, work_shape: tuple[int, ...]) -> list[pl.Block
             pl.BlockSpec((None, 1, blocks.q), lambda b, n, i, j, *_: (b, 0, i)),
             pl.BlockSpec((None, 1, blocks.kv), lambda b, n, i, j, *_: (b, 0, j)),
         ]
-    return specs
+    return [*specs, *(pl.BlockSpec(table.shape, lambda *_: (0, 0)) for table in band)]
 
 
 def _scratch(plan: _Plan, H: int) -> list[Any]:
@@ -247,15 +264,15 @@ def _shape(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStr
 
 def _kernel(*refs: Any, plan: _Plan) -> None:
     ids = 2 if plan.parts.segments else 0
-    r = _Refs._make([*refs[:7], refs[7 : 7 + ids], *refs[7 + ids :]])
+    band = [] if plan.band is not None else [None]
+    r = _Refs._make([*refs[:7], refs[7 : 7 + ids], *band, *refs[7 + ids :]])
     kv_step = pl.program_id(3)
-
-    @pl.when(kv_step == 0)
-    def _() -> None:
-        r.k_at[...] = masks.columns(r.k_at.shape[0])
-        _in_pieces(plan, lambda at: _start(plan, r, at))
-
-    _work(plan, r)
+    if plan.kv_steps == 1:  # no condition: the stores of the start then stand beside the first scores
+        _start(plan, r)
+        _work(plan, r)
+    else:
+        pl.when(kv_step == 0)(lambda: _start(plan, r))
+        pl.when(r.work[0, 0] + r.work[0, 1] > 0)(lambda: _work(plan, r))
 
     @pl.when(kv_step == plan.kv_steps - 1)
     def _() -> None:
@@ -268,56 +285,71 @@ def _in_pieces(plan: _Plan, do: Callable[[Any], None]) -> None:
     jax.lax.fori_loop(0, plan.blocks.q // piece, lambda n, _: do(_chunk(n, piece)), None)
 
 
-def _start(plan: _Plan, r: _Refs, at: Any) -> None:
+def _start(plan: _Plan, r: _Refs) -> None:
+    r.k_at[...] = masks.columns(r.k_at.shape[0])
+    n, H = plan.blocks.q, r.q.shape[1]
     lowest = jnp.maximum(r.sinks[pl.program_id(1)] * LOG2E, _LOWEST) if plan.sinks else _LOWEST
-    r.highest[:, at] = jnp.full((1, at.size), lowest, jnp.float32)
-    H = r.q.shape[1]
-    r.total[:H, at] = jnp.zeros((H, at.size), jnp.float32)
+    r.highest[:, :n] = jnp.full((1, n), lowest, jnp.float32)
+    r.total[:H, :n] = jnp.zeros((H, n), jnp.float32)
     one = 1.0 if plan.sinks else 0.0
     if plan.blocks.sums_on_mxu:
-        r.total[H:, at] = jnp.full((8, at.size), one, jnp.float32)
+        r.total[H:, :n] = jnp.full((8, n), one, jnp.float32)
     else:
-        r.sums[:, at] = jnp.full((8, at.size), one / 8, jnp.float32)
+        r.sums[:, :n] = jnp.full((8, n), one / 8, jnp.float32)
 
 
 def _work(plan: _Plan, r: _Refs) -> None:
-    """All chunks of the lists."""
+    """All chunks of the lists.
+
+    What fills the pipelines of both lists comes first and together: it waits for the matrix unit.
+    """
     blocks = plan.blocks
     parts_in_block = (blocks.q // plan.q_part) * (blocks.kv // plan.kv_part)
-    _pipelined(plan, r, _List(2, r.work[0, 0], plan.q_part, plan.kv_part, r.parts, True))
-    first = 2 + parts_in_block
-    _pipelined(plan, r, _List(first, r.work[0, 1], blocks.q_chunk, blocks.kv_chunk, r.chunks, False))
+    parts = _List(2, r.work[0, 0], plan.q_part, plan.kv_part, r.parts, True)
+    chunks = _List(2 + parts_in_block, r.work[0, 1], blocks.q_chunk, blocks.kv_chunk, r.chunks, False)
+    first = _next(plan, r, chunks, jnp.int32(0))
+    r.chunks.shift[0] = _scores(plan, r, chunks, first, 0)  # moves the maximum when the parts have
+    filled = tuple(_score(plan, r, parts, jnp.int32(n), n) for n in range(_PARTS_AHEAD))
+    _pipelined(plan, r, parts, filled)
+    _move_maximum(plan, r, chunks, first, 0, r.chunks.shift[0])
+    _pipelined(plan, r, chunks, (first,))
 
 
-def _pipelined(plan: _Plan, r: _Refs, todo: _List) -> None:
-    """The softmax of each chunk beside the scores of a later one, in large bodies and then in small ones.
-
-    Behind the last chunk, to fill its body, stand queries behind the block's, whose sums nobody reads.
-    """
+def _next(plan: _Plan, r: _Refs, todo: _List, n: Any) -> Any:
+    """The n-th chunk of a list. Behind the last one, to fill a body, stand queries behind the block's, whose sums
+    nobody reads."""
     most = (plan.blocks.q // todo.q) * (plan.blocks.kv // todo.k)
     nobody = jnp.int32(masks.pack(plan.blocks.q // todo.q, 0))
-    slots = todo.slots.scores.shape[0]
+    return jnp.where(n < todo.count, r.work[0, todo.first + jnp.minimum(n, most - 1)], nobody)
 
-    def score(at: Any, slot: int) -> Any:
-        work = jnp.where(at < todo.count, r.work[0, todo.first + jnp.minimum(at, most - 1)], nobody)
-        _scores(plan, r, todo, work, slot)
-        return work
+
+def _score(plan: _Plan, r: _Refs, todo: _List, n: Any, slot: int) -> Any:
+    """The n-th chunk, whose scores are now in a slot."""
+    work = _next(plan, r, todo, n)
+    _move_maximum(plan, r, todo, work, slot, _scores(plan, r, todo, work, slot))
+    return work
+
+
+def _pipelined(plan: _Plan, r: _Refs, todo: _List, ahead: tuple[Any, ...]) -> None:
+    """The softmax of each chunk beside the scores of a later one, in large bodies and then in small ones.
+
+    Args:
+      ahead: the first chunks, whose scores are in the first slots.
+    """
+    slots, few_steps = todo.slots.scores.shape[0], _FEW_PARTS if todo.masked else _FEW_STEPS
 
     def body(first: Any, steps: int, n: Any, ahead: tuple[Any, ...]) -> tuple[Any, ...]:
         for m in range(steps):
-            work = score(first + n * steps + m + slots - 1, (m - 1) % slots)
+            work = _score(plan, r, todo, first + n * steps + m + len(ahead), (m + len(ahead)) % slots)
             _softmax(plan, r, todo, ahead[0], m % slots)
             ahead = (*ahead[1:], work)
         return ahead
 
-    @pl.when(todo.count > 0)
-    def _() -> None:
-        ahead = tuple(score(jnp.int32(n), n) for n in range(slots - 1))
-        many = jax.lax.div(todo.count, jnp.int32(_STEPS))
-        few = jax.lax.div(todo.count - many * _STEPS + (_FEW_STEPS - 1), jnp.int32(_FEW_STEPS))
-        if most >= _STEPS:
-            ahead = jax.lax.fori_loop(0, many, functools.partial(body, 0, _STEPS), ahead)
-        jax.lax.fori_loop(0, few, functools.partial(body, many * _STEPS, _FEW_STEPS), ahead)
+    many = jax.lax.div(todo.count, jnp.int32(_STEPS))
+    few = jax.lax.div(todo.count - many * _STEPS + (few_steps - 1), jnp.int32(few_steps))
+    if (plan.blocks.q // todo.q) * (plan.blocks.kv // todo.k) >= _STEPS:
+        ahead = jax.lax.fori_loop(0, many, functools.partial(body, 0, _STEPS), ahead)
+    jax.lax.fori_loop(0, few, functools.partial(body, many * _STEPS, few_steps), ahead)
 
 
 def _chunk(index: Any, length: int) -> Any:
@@ -330,8 +362,8 @@ def _dot(plan: _Plan, a: Array, b: Array, contract: int) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _scores(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> None:
-    """The scores of a chunk, in powers of two, and the maximum they move."""
+def _scores(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> Array:
+    """The scores of a chunk, in powers of two, into a slot; their maximum for each query."""
     own, j = masks.unpack(work)
     i = jnp.minimum(own, plan.blocks.q // todo.q - 1)
     scores = _dot(plan, r.k[_chunk(j, todo.k)], r.q[_chunk(i, todo.q)], 1)
@@ -339,9 +371,14 @@ def _scores(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int) -> None:
         scores = (plan.soft_cap * LOG2E) * jnp.tanh(scores)
     scores = _with_positions(plan, r, todo, scores, i, j, slot)
     todo.slots.scores[slot] = scores
-    q_at = _chunk(own, todo.q)
+    return jnp.max(scores, axis=0, keepdims=True)
+
+
+def _move_maximum(plan: _Plan, r: _Refs, todo: _List, work: Any, slot: int, maximum_1q: Array) -> None:
+    """The maximum that is taken from the scores in a slot; softmaxes must follow in the order of these calls."""
+    q_at = _chunk(masks.unpack(work)[0], todo.q)
     before = r.highest[:, q_at]
-    highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
+    highest = jnp.maximum(before, maximum_1q)
     r.highest[:, q_at] = highest
     todo.slots.shift[slot] = highest
     todo.slots.shrink[slot] = jnp.exp2(before - highest)
@@ -362,8 +399,13 @@ def _with_positions(plan: _Plan, r: _Refs, todo: _List, scores_kq: Array, i: Any
     ids: tuple[Array, ...] = ()
     if plan.parts.segments:
         ids = r.ids[0][:, _chunk(i, q)], masks.widen(masks.row_as_columns(r.ids[1][:, _chunk(j, k)]), q)
+    parts = plan.parts
+    if plan.band is not None:
+        parts = parts._replace(causal=False, window=None)
+        columns = [r.band[pl.ds(plan.band.at(k_first - q_first - x), k)] for x in range(0, q, LANES)]
+        scores_kq = jnp.minimum(scores_kq, jnp.concatenate(columns, axis=1))
     prefix, length = (r.scalars[b, n] - k_first for n in (masks.PREFIX_LENGTH, masks.KV_LENGTH))
-    ends = masks.bounds(plan.parts, prefix, length, q_at)
+    ends = masks.bounds(parts, prefix, length, q_at)
     ends = ends._replace(low=_kept(r.low, slot, ends.low), high=_kept(r.high, slot, ends.high))
     pattern = plan.parts.pattern
     blocks_seen = None if pattern is None else masks.pattern_sees(pattern, k_first + q_at, k_first + k_at)
