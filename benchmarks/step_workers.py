@@ -110,7 +110,8 @@ def our_worker(case: Case, args: argparse.Namespace) -> tuple[Run, Peak, dict[st
     constant = {
         "positions": np.broadcast_to(np.arange(case.length, dtype=np.int32), shape).copy(),
         "loss_mask": np.ones(shape, bool),
-    } | ({"segment_ids": np.zeros(shape, np.int32)} if case.segments else {})
+        "segment_ids": np.zeros(shape, np.int32) if case.segments else None,
+    }
     rows = batches(case)
 
     def run(steps: int) -> tuple[float, list[float]]:

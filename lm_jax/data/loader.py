@@ -152,11 +152,12 @@ def batch_hash(batch: dict[str, jax.Array]) -> jax.Array:
     a jitted function, where it costs next to nothing.
 
     Args:
-      batch: arrays `[B, ..]` of integers of 32 bits or fewer, or bools.
+      batch: arrays `[B, ..]` of integers of 32 bits or fewer, or bools; None counts as nothing.
     """
     total = jnp.uint32(0)
-    for salt, name in enumerate(sorted(batch)):
-        x = batch[name].astype(jnp.uint32)
+    arrays = {name: x for name, x in sorted(batch.items()) if x is not None}
+    for salt, named in enumerate(arrays.values()):
+        x = named.astype(jnp.uint32)
         place = jnp.zeros((), jnp.uint32)
         for dim, size in enumerate(x.shape):
             shape = [size if d == dim else 1 for d in range(x.ndim)]

@@ -21,7 +21,7 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
     """Mean cross-entropy a counted target, and the z-loss where its weight is above 0.
 
     A batch has `tokens`, `targets`, `segment_ids`, `positions` (`[B, T]` int32) and `loss_mask` (`[B, T]` bool).
-    Without `segment_ids` each row is one document, and what knows no segments (cuDNN) can compute attention too.
+    With None as `segment_ids` each row is one document, and what knows no segments (cuDNN) can compute attention too.
     """
     names = ("cross_entropy", "z_loss") if z_loss else ("cross_entropy",)
 
@@ -39,7 +39,7 @@ def next_token(c: TransformerConfig, *, z_loss: float = 0.0, remat: str = "none"
             batch["tokens"],
             c=c,
             positions_BT=batch["positions"],
-            segment_ids_BT=batch.get("segment_ids"),
+            segment_ids_BT=batch["segment_ids"],
             remat=remat,
             layout=layout,
         )

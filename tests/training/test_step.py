@@ -71,9 +71,11 @@ def test_the_loss_is_the_mean_over_targets_that_count(whole: tuple[TrainState, M
 
 def test_without_segment_ids_a_row_is_one_document() -> None:
     one = {**BATCH, "segment_ids": np.zeros_like(BATCH["segment_ids"])}
-    none = {name: a for name, a in BATCH.items() if name != "segment_ids"}
+    none = {**BATCH, "segment_ids": None}
     losses = [float(model_step(1)(fresh(tiny.parameters(C), KEEP), b)[1]["loss"]) for b in (one, none, BATCH)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != pytest.approx(losses[2], rel=1e-4)
+    with pytest.raises(KeyError):  # forgotten, packing would be ignored in silence
+        model_step(1)(fresh(tiny.parameters(C), KEEP), {k: a for k, a in BATCH.items() if k != "segment_ids"})
 
 
 def test_accumulation_equals_one_batch(whole: tuple[TrainState, Metrics]) -> None:
