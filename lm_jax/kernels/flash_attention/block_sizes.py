@@ -191,8 +191,8 @@ _UNTIMED = "not measured: it compiles without spills"
 GPU_TABLE = (
     GpuRow("NVIDIA H200", 64, False, GpuBlocks(128, 2, 64, 2, 64, 2, 128, 2, True), _UNTIMED),
     GpuRow("NVIDIA H200", 64, True, GpuBlocks(128, 2, 64, 2, 64, 2, 128, 2, True), _UNTIMED),
-    GpuRow("NVIDIA H200", 128, False, GpuBlocks(128, 2, 64, 2, 32, 4, 64, 2, False), _UNTIMED),
-    GpuRow("NVIDIA H200", 128, True, GpuBlocks(64, 3, 64, 2, 32, 4, 64, 2, False), _UNTIMED),
+    GpuRow("NVIDIA H200", 128, False, GpuBlocks(128, 2, 64, 2, 64, 2, 64, 2, False), _UNTIMED),
+    GpuRow("NVIDIA H200", 128, True, GpuBlocks(64, 3, 64, 2, 64, 2, 64, 2, False), _UNTIMED),
 )
 
 

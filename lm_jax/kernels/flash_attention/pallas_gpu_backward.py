@@ -156,7 +156,7 @@ def _run(
         dtype=call.q_BTNH.dtype,
         scale=call.scale,
         fused=kind == "fused",
-        one_loop=kind == "fused" and blocks.fused_one_loop,
+        one_loop=kind == "keys" or blocks.fused_one_loop,
         interpreted=interpret is not None,
     )
     q, d_out = (tiles.padded(x, T) for x in (call.q_BTNH, d_out))
