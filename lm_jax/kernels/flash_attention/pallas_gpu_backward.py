@@ -314,7 +314,7 @@ def _compute_keys(b: _Block, sums: Any, results: Any) -> None:
         d_s = _keys_step(b, sums, (k, v), slot, lambda p: jax.lax.cond(tile < 0, shut, lambda p: p, p))
         if plan.fused:
             late_g, there = (g, first) if again is None else again()
-            _add_queries(b, sums, d_s, slot, (row, there, head * plan.group + late_g))
+            _add_queries(b, d_s, slot, (row, there, head * plan.group + late_g))
         b.machine.finish()
         plgpu.barrier_arrive(here.free.at[slot])
 
@@ -356,9 +356,8 @@ def _keys_step(b: _Block, sums: Any, own: Any, slot: Any, masked: Callable[[Arra
     def scored(scores: Any) -> Array:
         machine.add_product(scores, k, q.T)
         lse2 = machines.load(here.lse2.at[slot], columns)
-        return masked(
-            tiles.probabilities(machine.load(scores, still_running=0), None, plan.factor, lse2, 1).astype(plan.dtype)
-        )
+        p = tiles.probabilities(machine.load(scores, still_running=0), None, plan.factor, lse2, 1)
+        return masked(p.astype(plan.dtype))  # also for gradients: in float32 they would not stay in registers
 
     def differentiated(d_p: Any) -> Array:
         machine.add_product(d_p, v, d_out.T)
@@ -376,7 +375,7 @@ def _keys_step(b: _Block, sums: Any, own: Any, slot: Any, masked: Callable[[Arra
     return d_s
 
 
-def _add_queries(b: _Block, sums: Any, d_s: Array, slot: Any, at: tuple[Any, Any, Any]) -> None:
+def _add_queries(b: _Block, d_s: Array, slot: Any, at: tuple[Any, Any, Any]) -> None:
     """Adds a tile's gradients of queries to what other blocks of keys add. Each warpgroup has half of them, made of the
     keys of both.
 
