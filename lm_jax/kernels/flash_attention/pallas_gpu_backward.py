@@ -186,7 +186,6 @@ def _ring(plan: _Plan) -> tuple[Any, Any]:
 def _key_scratch(plan: _Plan) -> tuple[Any, ...]:
     own, ring = _ring(plan)
     numbers = plgpu.SMEM((plan.stages, plan.tile), jnp.float32)
-    both = plgpu.Barrier(num_arrivals=WARPGROUPS)
     here = _KeyScratch(
         k=own,
         v=own,
@@ -200,7 +199,7 @@ def _key_scratch(plan: _Plan) -> tuple[Any, ...]:
         # All of a tile comes on one barrier: each array of barriers takes a register.
         came=plgpu.Barrier(num_barriers=plan.stages, num_arrivals=4),
         free=plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WARPGROUPS),
-        both=both if plan.fused else None,
+        both=plgpu.Barrier(num_arrivals=WARPGROUPS) if plan.fused else None,
     )
     tile, grads, share = (ROWS, plan.tile), (ROWS, plan.H), (ROWS, _SHARE)
     sums = machines.sums_for_interpreter(scores=tile, d_p=tile, d_k=grads, d_v=grads, d_q=share)
@@ -270,10 +269,10 @@ def _copy_queries(plan: _Plan, o: _Operands, here: _KeyScratch) -> None:
     row, head = jax.lax.axis_index("row"), jax.lax.axis_index("head")
     at, _, count = _listed(plan, o)
 
-    def one(g: Any, t: Any, nothing: None) -> None:
-        u = g * count + t
+    def one(u: Any, nothing: None) -> None:
+        g = jax.lax.div(u, count)
         slot, n = _slot(plan, u), head * plan.group + g
-        rows = pl.ds(tiles.unmarked(o.tiles[*at, t]) * plan.tile, plan.tile)
+        rows = pl.ds(tiles.unmarked(o.tiles[*at, u - g * count]) * plan.tile, plan.tile)
 
         @pl.when(u >= plan.stages)
         def _() -> None:
@@ -284,10 +283,7 @@ def _copy_queries(plan: _Plan, o: _Operands, here: _KeyScratch) -> None:
         plgpu.copy_gmem_to_smem(o.d_out.at[row, rows, n], here.d_out.at[slot], here.came.at[slot])
         plgpu.copy_gmem_to_smem(o.delta.at[row, n, rows], here.delta.at[slot], here.came.at[slot])
 
-    def head_of_group(g: Any, nothing: None) -> None:
-        jax.lax.fori_loop(jnp.int32(0), count, functools.partial(one, g), None)
-
-    jax.lax.fori_loop(jnp.int32(0), jnp.int32(plan.group), head_of_group, None)
+    jax.lax.fori_loop(jnp.int32(0), plan.group * count, one, None)
 
 
 def _compute_keys(b: _Block, sums: Any, results: Any) -> None:
@@ -376,14 +372,8 @@ def _keys_step(b: _Block, sums: Any, own: Any, slot: Any, masked: Callable[[Arra
 
 
 def _add_queries(b: _Block, d_s: Array, slot: Any, at: tuple[Any, Any, Any]) -> None:
-    """Adds a tile's gradients of queries to what other blocks of keys add. Each warpgroup has half of them, made of the
-    keys of both.
-
-    Args:
-      d_s: gradients of this warpgroup's scores.
-      slot: where the tile stands in shared memory.
-      at: the row of the batch, the first query, the query head.
-    """
+    """Adds a tile's gradients of queries to what other blocks of keys add: each warpgroup half of them, made of the
+    keys of both. `at` is the row of the batch, the first query, the query head."""
     plan, here, machine = b.plan, b.here, b.machine
     row, first, head = at
     # As many as tiles: to have met for one says that the other has read all of the one before.
@@ -393,10 +383,9 @@ def _add_queries(b: _Block, d_s: Array, slot: Any, at: tuple[Any, Any, Any]) -> 
     d_s_here.at[mine][...] = d_s
     plgpu.commit_smem()
     _meet(here.both)
-    share = mine * _SHARE
-    queries, numbers = (
-        (pl.ds(share, ROWS), pl.ds(0, _SHARE)) if plan.tile > ROWS else (pl.ds(0, ROWS), pl.ds(share, _SHARE))
-    )
+    by_queries = plan.tile > ROWS  # else each has half of the numbers of all queries
+    queries = pl.ds(mine * ROWS if by_queries else 0, ROWS)
+    numbers = pl.ds(0 if by_queries else mine * _SHARE, _SHARE)
 
     def product(d_q: Any) -> Array:
         for w in range(WARPGROUPS):
