@@ -71,6 +71,11 @@ def compiled(
             for options in ("causal", "all")
             for T in (1, 100, 8192, 32768)
         ],
+        *[
+            pytest.param(chip, options, jnp.bfloat16, 8192, 4, 2, 256, marks=pytest.mark.slow)
+            for chip in ("v5e", "v6e")
+            for options in ("packed", "all")
+        ],
     ],
 )
 def test_the_kernels_compile(chip: str, options: str, dtype: Any, T: int, N: int, K: int, H: int) -> None:
