@@ -162,7 +162,8 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
             ],
             scratch_shapes=_scratch(plan, H),
         ),
-        out_shape=[_shape(q.shape, call.q_BTNH.dtype, q), _shape((B, N, 1, T), jnp.float32, q)],
+        # In float32 for float16, which not every compiler can make inside of a kernel.
+        out_shape=[_shape(q.shape, plan.dtype, q), _shape((B, N, 1, T), jnp.float32, q)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
@@ -180,7 +181,7 @@ def forward(call: Call, blocks: ForwardBlocks, *, interpret: bool) -> tuple[Arra
         *ids,
         *band,
     )
-    return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse[:, :, 0], 1, 2)
+    return jnp.swapaxes(out, 1, 2).astype(call.q_BTNH.dtype), jnp.swapaxes(lse[:, :, 0], 1, 2)
 
 
 def _fit(blocks: ForwardBlocks, T: int, S: int) -> ForwardBlocks:
