@@ -155,9 +155,8 @@ def batch_hash(batch: dict[str, jax.Array]) -> jax.Array:
       batch: arrays `[B, ..]` of integers of 32 bits or fewer, or bools; None counts as nothing.
     """
     total = jnp.uint32(0)
-    arrays = {name: x for name, x in sorted(batch.items()) if x is not None}
-    for salt, named in enumerate(arrays.values()):
-        x = named.astype(jnp.uint32)
+    for salt, name in enumerate(sorted(name for name, x in batch.items() if x is not None)):
+        x = batch[name].astype(jnp.uint32)
         place = jnp.zeros((), jnp.uint32)
         for dim, size in enumerate(x.shape):
             shape = [size if d == dim else 1 for d in range(x.ndim)]

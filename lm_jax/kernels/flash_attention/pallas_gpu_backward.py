@@ -178,9 +178,8 @@ def _run(
 
 def _ring(plan: _Plan) -> tuple[Any, Any]:
     """Scratch of both: the rows of each warpgroup, and the tiles that come in."""
-    width = 128 if plan.tile % 64 == 0 else 64  # a product sums over a tile, whose rows are 2 bytes a number
-    own = machines.tiled(WARPGROUPS, ROWS, plan.H, dtype=plan.dtype, width=width)
-    return own, machines.tiled(plan.stages, plan.tile, plan.H, dtype=plan.dtype, width=width)
+    own = machines.tiled(WARPGROUPS, ROWS, plan.H, dtype=plan.dtype)
+    return own, machines.tiled(plan.stages, plan.tile, plan.H, dtype=plan.dtype)
 
 
 def _key_scratch(plan: _Plan) -> tuple[Any, ...]:

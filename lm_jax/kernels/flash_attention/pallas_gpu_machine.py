@@ -1,7 +1,8 @@
 """The few places in which the Hopper kernels touch the chip otherwise than its interpreter does.
 
 Pallas' interpreter of GPU kernels (public from jax 0.12 on) has copies, barriers and threads, and no matrix unit that
-reads registers. There sums are kept in shared memory and products are plain ones; all else is the kernel itself.
+reads registers, nor copies that add. There sums are kept in shared memory, and products and additions are plain ones;
+all else is the kernel itself.
 """
 
 from __future__ import annotations
@@ -27,15 +28,11 @@ _LOAD_TAKES_AN_INDEX = (
 )  # it must until jax 0.10, and may not from 0.12
 
 
-def tiled(*shape: int, dtype: Any, width: int = 128) -> Any:
-    """Shared memory as copies write it and the matrix unit reads it.
-
-    Args:
-      width: the bytes of a line of it, 128 or 64; the matrix unit sums over multiples of so many bytes. The arrays of
-        one product must have the same.
-    """
-    numbers = width // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(width))
+def tiled(*shape: int, dtype: Any) -> Any:
+    """Shared memory as copies write it and the matrix unit reads it, in lines of 128 bytes, over multiples of which it
+    sums."""
+    numbers = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

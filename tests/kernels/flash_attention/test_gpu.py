@@ -4,6 +4,7 @@ interpreter of GPU kernels is public (jax 0.12), their values."""
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -134,8 +135,8 @@ def test_value_and_gradient_lower_for_cuda(
         return out.astype(jnp.float32).sum() + lse.sum()
 
     program = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["cuda"])(*call[:3])
-    for kernel in ("forward", *kernels):
-        assert f"flash_attention_{kernel}" in program.mlir_module()
+    found = re.findall(r"flash_attention_(forward|backward(?:_keys|_queries)?)", program.mlir_module())
+    assert set(found) == {"forward", *kernels}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_values_and_gradients_interpreted(
 def test_every_row_of_the_table_fits_shared_memory() -> None:
     for r in block_sizes.GPU_TABLE:
         b, H = r.blocks, r.head_dim
-        assert b.forward_kv % 64 == b.dq_kv % 64 == b.dkv_q % 32 == 0, "lines of 128 bytes, or of 64"
+        assert b.forward_kv % 64 == b.dq_kv % 64 == b.dkv_q % 64 == 0, "lines of 128 bytes"
         ring = max(b.forward_stages * b.forward_kv - 64, b.dq_stages * b.dq_kv, b.dkv_stages * b.dkv_q)
         assert (256 + 2 * ring) * H * 2 <= 220 * 1024
         assert b.fused_q * H == 8192
