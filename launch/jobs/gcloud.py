@@ -121,9 +121,11 @@ class Pod:
         if job.setup:  # nobody counts its failures, so that one ends the job
             watched = f"if ({job.setup}); then {watched}; else echo 'the setup failed'; (exit {again.FINAL}); fi"
         run = f"{{ {watched}; }} >> ~/{self.name}.log 2>&1; echo $? > ~/{self.name}.status"
+        # Status and stop go by the process group, which is there only once setsid has run.
+        apart = "while kill -0 $! 2> /dev/null && ! kill -0 -- -$! 2> /dev/null; do sleep 0.1; done"
         return self.ssh_command(
             f"{self._stop()}; rm -f {self.name}.status; echo {_mark(job)} > {self.name}.job; cd {FOLDER} && {exports}"
-            f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}"
+            f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}; {apart}"
         )
 
     def status_command(self, job: Job) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -304,11 +305,15 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "python").write_text('#!/bin/sh\necho "$0 $WORDS $@"\nsleep "$SECONDS_TO_RUN"\nexit 75\n')
     (folder / "python").chmod(0o755)
+    slow = tmp_path / "bin" / "setsid"  # as on a machine with much else to do
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("setsid")} "$@"\n')
+    slow.chmod(0o755)
     pod = Pod("lm", "us-east5-a")
 
     def on_worker(words: list[str]) -> str:
         command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
-        env = dict(os.environ, HOME=str(tmp_path))
+        env = dict(os.environ, HOME=str(tmp_path), PATH=f"{slow.parent}:{os.environ['PATH']}")
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30
         )
