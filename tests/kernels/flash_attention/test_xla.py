@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.kernels.flash_attention import AttentionMask, xla
-from lm_jax.kernels.flash_attention.implementation import Call
+from lm_jax.kernels.flash_attention import AttentionMask, reference, xla
+from lm_jax.kernels.flash_attention.bias import DistanceTable
+from lm_jax.kernels.flash_attention.implementation import Call, Implementation
 from lm_jax.kernels.flash_attention.xla_tiles import from_band, to_band
 
 H = 16
@@ -69,6 +70,45 @@ def test_probabilities_are_kept_up_to_the_size_of_the_operands_and_their_gradien
 def test_decoding_is_one_block_for_a_row() -> None:
     mask = AttentionMask(q_offset=jnp.zeros(1, jnp.int32), kv_length=jnp.ones(1, jnp.int32))
     assert spans(mask, 1, 1000) == [(0, 1, 0, 1000)]
+
+
+def rows_of(B: int, T: int, N: int) -> int:
+    q = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+    return xla.rows_together(Call(q, q, q, AttentionMask(causal=False), 0.25))
+
+
+def test_rows_go_together_as_far_as_a_cache_holds_their_scores() -> None:
+    assert rows_of(12, 64, 4) == 12
+    assert rows_of(1000, 64, 4) == 125  # of the 128 that there is room for, what divides them
+    assert rows_of(7, 512, 2) == 1
+    assert rows_of(3, 4096, 2) == 1  # not even one
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_it_is_the_same_however_many_rows_go_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has segments, a prefix and a length of its own."""
+    B, T, N = 4, 160, 4
+    rng = np.random.default_rng(0)
+    q, g = (jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((B, T, 2, H)), jnp.float32) for _ in range(2))
+    ids = jnp.asarray(np.sort(rng.integers(-1, 3, (B, T))), jnp.int32)
+    per_row = {"prefix_length": jnp.array([0, 20, 3, 90]), "kv_length": jnp.array([160, 50, 120, 7])}
+    mask = AttentionMask(q_segment_ids=ids, kv_segment_ids=ids, **per_row)
+    table = jnp.asarray(rng.standard_normal((N, T)), jnp.float32)
+
+    def both(implementation: Implementation) -> Any:
+        def attend(q: Any, k: Any, v: Any, table: Any) -> Any:
+            return implementation.attend(Call(q, k, v, mask, 0.25, position_bias=DistanceTable(table)))
+
+        out, pull = jax.vjp(attend, q, k, v, table)
+        return jax.tree.leaves((out, pull((g, jnp.zeros_like(out[1])))))
+
+    call = Call(q, k, v, mask, 0.25)
+    monkeypatch.setattr(xla, "_TOGETHER", room * xla.kept_probabilities(call))
+    assert xla.rows_together(call) == room
+    jax.clear_caches()  # the jits inside do not see what has been set
+    for got, expected in zip(both(xla.IMPLEMENTATION), both(reference.IMPLEMENTATION), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def working_memory(T: int, mask: AttentionMask) -> int:
