@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels.products import over_rows
 from lm_jax.sharding import axis_size, partition, platform
 
 Array = jax.Array
@@ -202,7 +203,7 @@ def _local_gradients(static: _Static, x: Array, w: Array, targets: Array, mask: 
         dz = jnp.where(mask_R[:, None], dz, 0.0).astype(x_RD.dtype)
         dx = jnp.dot(dz, w.T, preferred_element_type=jnp.float32)
         left, right = (dz, x_RD) if static.transposed else (x_RD, dz)
-        dw = jnp.dot(left.T, right, preferred_element_type=jnp.float32)
+        dw = over_rows(left, right, dtype=jnp.float32)
         # Rounded before the sum over the vocabulary's parts, as every other sum over tensor: half the bytes move.
         return (sums[0] + ce, sums[1] + zz, sums[2] + dw), _over_vocab(static, dx.astype(x.dtype))
 

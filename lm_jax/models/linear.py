@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lm_jax.kernels.products import over_rows
 from lm_jax.sharding import axis_size, constrain, out_sharding
 
 Array = jax.Array
@@ -102,13 +103,7 @@ def _product_backward(
 ) -> tuple[Array, Array]:
     x_RI, w_IO = saved
     dx_RI = jax.lax.dot_general(g_RO, w_IO, (((1,), (1,)), ((), ())), out_sharding=out_sharding("batch", into))
-    over_rows = (((0,), (0,)), ((), ()))
-    if (
-        w_IO.shape[0] > w_IO.shape[1]
-    ):  # a product with fewer rows than columns is the faster one on CPU, even transposed
-        dw_OI = jax.lax.dot_general(g_RO, x_RI, over_rows, out_sharding=out_sharding(out, into))
-        return dx_RI, dw_OI.T
-    return dx_RI, jax.lax.dot_general(x_RI, g_RO, over_rows, out_sharding=out_sharding(into, out))
+    return dx_RI, over_rows(x_RI, g_RO, names=(into, out))
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels.flash_attention.implementation import Call, accumulator
+from lm_jax.kernels.products import turned
 
 Array = jax.Array
 
@@ -53,8 +54,8 @@ class Sums(NamedTuple):
         return self.out_NQH / total, lse, 1 / total
 
 
-# The products. A head's numbers stand in front of its keys, and of its queries where the sum is over them: XLA's
-# products on CPU are then the fastest (54 to 84 GFLOP/s of 29 to 84 that the other orders gave).
+# The products. A head's numbers stand in front of its keys, and of its queries where the sum is over them (`turned`):
+# XLA's products on CPU are then the fastest (54 to 84 GFLOP/s of 29 to 84 that the other orders gave).
 
 
 def _with_keys(q_NQH: Array, k_KHP: Array) -> Array:
@@ -76,7 +77,7 @@ def _over_queries(q_KHR: Array, weights_NQP: Array) -> Array:
 
 def _by_group(q_NQH: Array, K: int) -> Array:
     """`[K, H, R]`."""
-    return jnp.swapaxes(q_NQH.reshape(K, -1, q_NQH.shape[2]), 1, 2)
+    return turned(q_NQH.reshape(K, -1, q_NQH.shape[2]))
 
 
 def scores_of(
