@@ -171,6 +171,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.implementations:
         if name not in names:
             parser.error(f"unknown implementation {name!r}: use some of {', '.join(names)}")
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads: {args.heads} cannot share {args.kv_heads} key-value heads evenly: give --kv_heads too")
     return args
 
 
