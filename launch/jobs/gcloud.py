@@ -124,9 +124,9 @@ class Pod:
         # Status and stop go by the process group, which is there only once setsid has run.
         apart = "while kill -0 $! 2> /dev/null && ! kill -0 -- -$! 2> /dev/null; do sleep 0.1; done"
         return self.ssh_command(
-            f"{self._stop()}; rm -f {self.name}.status; echo {_mark(job)} > {self.name}.job; cd {FOLDER} && {exports}"
-            f"{{ nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; }}; "
-            f"{apart}"
+            f"{self._stop()}; rm -f {self.name}.status; echo {_mark(job)} > {self.name}.job; "
+            f"cd {FOLDER} || exit 1; {exports}"
+            f"nohup setsid sh -c {shlex.quote(run)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{self.name}.pid; {apart}"
         )
 
     def status_command(self, job: Job) -> list[str]:

@@ -317,7 +317,7 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30
         )
-        return done.stdout + done.stderr
+        return f"{done.stdout}{done.stderr}exit {done.returncode}"
 
     def status(of: Job | None = None) -> str:
         return on_worker(pod.status_command(of or now)).split()[1]
@@ -368,6 +368,8 @@ def test_what_is_run_on_a_worker_does_what_it_says(tmp_path: Path) -> None:
     on_worker(pod.start_command(now, "id"))
     wait_while(lambda: status() == "running")
     assert status() == "76" and said()[-1] == "the setup failed"  # whatever it ended with
+    (tmp_path / "lm_jax").rename(tmp_path / "elsewhere")
+    assert on_worker(pod.start_command(now, "id")).endswith("exit 1")  # no code there: not as if it had started
 
 
 def test_the_archive_holds_what_git_holds(tmp_path: Path) -> None:
