@@ -169,7 +169,7 @@ def _gathered(step: _Step) -> None:
     passes = step.c.layers * (1 + (step.remat != "none"))
     keys_and_values = 2 * s * step.heads(step.c.key_heads)
     ids = _F32 * s * step.tokens
-    step.add("all-gather", axes, passes * keys_and_values + (1 + (passes - step.c.layers)) * ids)
+    step.add("all-gather", axes, passes * keys_and_values + ids)
     step.add("reduce-scatter", axes, step.c.layers * keys_and_values)
 
 

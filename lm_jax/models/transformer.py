@@ -147,6 +147,8 @@ def hidden(
         offsets = jnp.arange(tokens_BT.shape[1]) if order is None else jnp.asarray(order)
         positions_BT = jnp.broadcast_to(start + offsets, tokens_BT.shape)
     rotation = POSITIONS[c.position].prepare(positions_BT, c.head_size, c)
+    if segment_ids_BT is not None and layout.context != "ring":  # once, and not again in each layer's backward pass
+        segment_ids_BT = constrain(segment_ids_BT, "batch", "key_length")
     layer_specs = map_specs(unstacked, transformer_specs(c)["blocks"])
 
     def layer(
