@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             answer = "yes" if found["fits"] else "no"
             print(
                 f"| {model} | {name} | {keys and f'`{keys}`'} | {answer} | {costs.amount(size['compiler_total'])} of"
-                f" {costs.amount(size['capacity'])} | {share:.2f} | {step['mfu']:.0%} | {step['seconds']:.2f} s |",
+                f" {costs.amount(size['capacity'])} | {share:.2f} | {step['mfu']:.0%} | {step['seconds']:.3g} s |",
                 flush=True,
             )
     return 0

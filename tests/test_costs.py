@@ -266,7 +266,8 @@ def test_a_ring_holds_sums_and_what_arrives_beside_attention() -> None:
     sums, arriving, chunks = 4 * (q + 2 * kv), 2 * kv * (2 + 4), 2 * 4 * (q + kv) // 2
     others = 2 * kv * 2 * 3  # keys and values of the other devices' parts of a row, which are gathered else
     assert ring["working"] == pytest.approx(gathered["working"] - others + sums + arriving + chunks, rel=1e-3)
-    assert ring["activations"] == pytest.approx(gathered["activations"], rel=1e-4)
+    ids = 4 * 64 * 2048  # of segments, which all layers get whole where keys are gathered
+    assert ring["activations"] == pytest.approx(gathered["activations"] - ids, rel=1e-5)
 
 
 def test_a_small_model_lies_in_fast_memory_while_it_is_computed() -> None:
